@@ -1,0 +1,146 @@
+"""The Q-Former and the pooled projection, against diffusers' implementations of the same modules."""
+
+import re
+
+import pytest
+import torch
+from diffusers.models.embeddings import ImageProjection as DiffusersImageProjection
+from diffusers.models.embeddings import IPAdapterPlusImageProjection
+from torch import Tensor, nn
+
+from nested_core.resampler import ImageProjection, Resampler
+
+SMALL = {"dim": 32, "depth": 2, "dim_head": 8, "heads": 3, "num_queries": 5, "embedding_dim": 24, "output_dim": 16}
+
+
+def small() -> Resampler:
+    torch.manual_seed(0)
+    resampler = Resampler(**SMALL)
+    for parameter in resampler.parameters():  # norms too: fresh ones would hide a missing weight
+        nn.init.normal_(parameter, std=0.3)
+    return resampler.eval()
+
+
+def as_diffusers(resampler: Resampler) -> IPAdapterPlusImageProjection:
+    """The same weights in diffusers' module."""
+    theirs = IPAdapterPlusImageProjection(
+        embed_dims=SMALL["embedding_dim"],
+        output_dims=SMALL["output_dim"],
+        hidden_dims=SMALL["dim"],
+        depth=SMALL["depth"],
+        dim_head=SMALL["dim_head"],
+        heads=SMALL["heads"],
+        num_queries=SMALL["num_queries"],
+    )
+    names = {
+        "0.norm1": "ln0",
+        "0.norm2": "ln1",
+        "0.to_q": "attn.to_q",
+        "0.to_out": "attn.to_out.0",
+        "1.0": "ff.0",
+        "1.1": "ff.1.net.0.proj",
+        "1.3": "ff.1.net.2",
+    }
+    state: dict[str, Tensor] = {}
+    for name, tensor in resampler.state_dict().items():
+        match = re.fullmatch(r"(layers\.\d+)\.(\d\.\w+)\.(weight|bias)", name)
+        if match is None:
+            state[name] = tensor
+        elif match[2] == "0.to_kv":
+            for side, half in zip("kv", tensor.chunk(2), strict=True):
+                state[f"{match[1]}.attn.to_{side}.weight"] = half
+        else:
+            state[f"{match[1]}.{names[match[2]]}.{match[3]}"] = tensor
+    theirs.load_state_dict(state)
+    return theirs.eval()
+
+
+def test_same_tokens_as_diffusers() -> None:
+    resampler = small()
+    features = torch.randn(2, 7, SMALL["embedding_dim"])
+    tokens = resampler(features)
+    assert tokens.shape == (2, SMALL["num_queries"], SMALL["output_dim"])
+    torch.testing.assert_close(tokens, as_diffusers(resampler)(features))
+
+
+def test_parameter_names_are_those_of_published_weights() -> None:
+    names = set(small().state_dict())
+    attention = {f"0.{norm}.{part}" for norm in ("norm1", "norm2") for part in ("weight", "bias")}
+    attention |= {f"0.{matrix}.weight" for matrix in ("to_q", "to_kv", "to_out")}
+    mlp = {"1.0.weight", "1.0.bias", "1.1.weight", "1.3.weight"}
+    outside = {f"{module}.{part}" for module in ("proj_in", "proj_out", "norm_out") for part in ("weight", "bias")}
+    assert names == {"latents"} | outside | {f"layers.{i}.{name}" for i in range(2) for name in attention | mlp}
+
+
+def test_defaults_are_the_public_release() -> None:
+    release = Resampler(device="meta")
+    assert release.latents.shape == (1, 1024, 2048)
+    assert release.proj_in.weight.shape == (2048, 1280)
+    assert release.layers[3][0].to_kv.weight.shape == (2 * 12 * 64, 2048)
+    assert release.layers[3][1][1].weight.shape == (4 * 2048, 2048)
+
+
+def test_images_of_a_batch_do_not_mix() -> None:
+    resampler = small()
+    features = torch.randn(3, 7, SMALL["embedding_dim"])
+    apart = torch.cat([resampler(image[None]) for image in features])
+    torch.testing.assert_close(resampler(features), apart)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_finite_and_close(dtype: torch.dtype) -> None:
+    resampler = small()
+    features = torch.randn(1, 7, SMALL["embedding_dim"])
+    wanted = resampler(features)
+    tokens = resampler.to(dtype)(features.to(dtype))
+    assert tokens.dtype == dtype
+    torch.testing.assert_close(tokens.float(), wanted, rtol=0.1, atol=0.1)
+
+
+def test_logits_beyond_fp16_do_not_overflow() -> None:
+    resampler = small()
+    with torch.no_grad():
+        for layer in resampler.layers:
+            for matrix in (layer[0].to_q, layer[0].to_kv):
+                matrix.weight.mul_(300)
+            layer[0].to_out.weight.div_(300)
+    features = torch.randn(1, 7, SMALL["embedding_dim"])
+    attention = resampler.layers[0][0]
+    normed = attention.norm2(resampler.latents)
+    assert attention.to_q(normed).abs().amax() ** 2 * SMALL["dim_head"] > torch.finfo(torch.float16).max
+    assert resampler.half()(features.half()).isfinite().all()
+
+
+class Casting:
+    """Operations that keep weights in one dtype and compute in the input's, as a host's do."""
+
+    class Linear(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            bias = None if self.bias is None else self.bias.to(input)
+            return nn.functional.linear(input, self.weight.to(input), bias)
+
+    class LayerNorm(nn.LayerNorm):
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.layer_norm(
+                input, self.normalized_shape, self.weight.to(input), self.bias.to(input), self.eps
+            )
+
+
+def test_operations_may_cast_weights_to_the_input() -> None:
+    stored = Resampler(**SMALL, operations=Casting, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in stored.parameters()} == {torch.bfloat16}
+    tokens = stored(torch.randn(1, 7, SMALL["embedding_dim"]))
+    assert tokens.dtype == torch.float32
+    assert all(isinstance(m, Casting.Linear) for m in stored.modules() if isinstance(m, nn.Linear))
+    assert all(isinstance(m, Casting.LayerNorm) for m in stored.modules() if isinstance(m, nn.LayerNorm))
+
+
+def test_pooled_projection_is_diffusers() -> None:
+    torch.manual_seed(0)
+    ours = ImageProjection(embedding_dim=24, output_dim=16, tokens=4)
+    theirs = DiffusersImageProjection(image_embed_dim=24, cross_attention_dim=16, num_image_text_embeds=4)
+    theirs.image_embeds.load_state_dict(ours.proj.state_dict())
+    theirs.norm.load_state_dict(ours.norm.state_dict())
+    pooled = torch.randn(3, 24)
+    assert ours(pooled).shape == (3, 4, 16)
+    torch.testing.assert_close(ours(pooled), theirs(pooled))
