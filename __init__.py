@@ -1,0 +1,19 @@
+"""ComfyUI Nested Attention: put your subject into an SDXL picture, bound to one word of the prompt."""
+
+from comfy_api.v0_0_2 import ComfyExtension, io
+
+from .nodes import NODES
+from .nodes.folders import register_folders
+
+WEB_DIRECTORY = "./web"
+
+register_folders()
+
+
+class NestedAttentionExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> NestedAttentionExtension:
+    return NestedAttentionExtension()

@@ -1,0 +1,713 @@
+"""Nested attention inside ComfyUI: applying subjects to a MODEL, and the attn2 replacements while it samples.
+
+Applying is a value: `apply_subject` clones MODEL and CLIP and puts one more immutable `Application` into the clone's
+attachment. No patch object is installed then, so nothing can leak between clones, branches or runs, and packs that
+come later find the model as if we were not there.
+
+Everything else lives as long as one sampling run (`_Run`, made by the OUTER_SAMPLE wrapper): K̈ and V̈ of the
+subjects, which rows of which prompt they are bound to, resized masks. A wrapper on CALC_COND_BATCH decides once per
+step which subjects act; one on APPLY_MODEL puts attn2 replacements into that call's own options, around whatever
+replacements other packs and hooks have there by then: those compute the first term, the subjects add theirs (see
+`nested_core.attention`).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import comfy.ldm.modules.attention as host_attention
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+import torch.nn.functional as F
+from comfy.hooks import EnumHookType
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..attention import NestedTerm, ValueNorm, nested_delta, scaled_dot_product
+from ..checkpoint import load_encoder
+from ..encoder import EncoderConfig, NestedEncoder
+from ..errors import NestedAttentionError
+from ..layers import FAMILIES, CrossAttentionLayer, Family, family_of
+from ..subject import Subject
+from .comfy_prompt import Placeholder, Places, bind_clip, places_in_conditioning
+
+KEY = "nested_attention"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class HostEncoder:
+    """NESTED_ENCODER: an encoder that the host loads, offloads and counts.
+
+    name: how the user knows it (the file's name in the loader).
+    """
+
+    patcher: comfy.model_patcher.ModelPatcher
+    config: EncoderConfig
+    name: str
+
+    @property
+    def module(self) -> NestedEncoder:
+        return self.patcher.model
+
+
+@dataclass(frozen=True, eq=False)
+class HostSubject:
+    """NESTED_SUBJECT: a subject together with the encoder that made it."""
+
+    encoder: HostEncoder
+    subject: Subject
+
+
+@dataclass(frozen=True, eq=False)
+class Application:
+    """One subject as applied to a model.
+
+    strength: w, 1 is the paper. start, end: window of the sampling steps, in percent of the noise schedule (0 to 1).
+    alpha, value_norm: equation (4). focus: weight of the token's logit. mask: where the subject may act, (M, H, W)
+    over the whole picture, one or one per image. layer_weights: factor on the strength per layer, in the order of
+    `unet_layers_of`. skip_unmentioned: let a run pass in which no positive prompt mentions the subject.
+    """
+
+    source: HostSubject
+    placeholder: Placeholder
+    strength: float
+    start: float
+    end: float
+    alpha: float
+    value_norm: ValueNorm
+    focus: float
+    mask: Tensor | None
+    layer_weights: tuple[float, ...]
+    skip_unmentioned: bool
+
+    @property
+    def idle(self) -> bool:
+        """Whether it can't change any picture."""
+        return self.strength == 0 or self.start >= self.end or not any(self.layer_weights)
+
+
+def load_host_encoder(path: str, name: str, **overrides: Any) -> HostEncoder:
+    """Read an encoder file into a patcher. `overrides`: image_features, value_norm, alpha, pooled; None is the file's.
+
+    Raises NestedAttentionError as `nested_core.checkpoint.read_encoder` does.
+    """
+    device = comfy.model_management.get_torch_device()
+    if comfy.model_management.should_use_fp16(device):
+        dtype = torch.float16
+    elif comfy.model_management.should_use_bf16(device):
+        dtype = torch.bfloat16
+    else:
+        dtype = torch.float32
+    module = load_encoder(path, operations=comfy.ops.manual_cast, dtype=dtype, **overrides)
+    patcher = comfy.model_patcher.ModelPatcher(
+        module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
+    )
+    log.info("%s: %s", name, module.config.title)
+    return HostEncoder(patcher, module.config, name)
+
+
+def encode_tokens(encoder: HostEncoder, features: Tensor) -> Tensor:
+    """Subject tokens (1, B·N, C) of a batch of views, from the vision tower's features (B, T, E) or (B, E)."""
+    comfy.model_management.load_models_gpu([encoder.patcher])
+    module = encoder.module
+    dtype = next(module.parameters()).dtype
+    tokens = module.encode(features.to(encoder.patcher.load_device, dtype))
+    return tokens.flatten(0, 1)[None].to(comfy.model_management.intermediate_device())
+
+
+def unet_layers_of(model: comfy.model_patcher.ModelPatcher) -> tuple[Family, tuple[CrossAttentionLayer, ...]]:
+    """The family of a MODEL and its cross-attention layers as they are, in diffusers' order.
+
+    Raises NestedAttentionError naming the model when it is not an SDXL base or SD 1.5 U-Net.
+    """
+    unet = getattr(model.model, "diffusion_model", None)
+    present: dict[tuple[str, int, int], tuple[int, int]] = {}  # address -> (channels, width of the text it reads)
+    for kind in ("input", "middle", "output"):
+        blocks = getattr(unet, "middle_block" if kind == "middle" else f"{kind}_blocks", ())
+        # The host counts the middle as one block, whatever its number of modules.
+        for number, block in enumerate([blocks] if kind == "middle" else blocks):
+            for module in block if blocks else ():
+                for i, transformer in enumerate(getattr(module, "transformer_blocks", ())):
+                    attn2 = getattr(transformer, "attn2", None)
+                    if attn2 is not None:
+                        present[kind, number, i] = (attn2.to_q.out_features, attn2.to_k.in_features)
+    text_width = {width for _, width in present.values()}
+    for family in FAMILIES.values():
+        layers = family.layers()
+        if {layer.block for layer in layers} == set(present) and text_width == {family.context_dim}:
+            return family, tuple(
+                CrossAttentionLayer(layer.index, layer.diffusers, layer.block, present[layer.block][0])
+                for layer in layers
+            )
+    found = f"{len(present)} cross-attention layers" if present else "no U-Net cross-attention"
+    reads = f" reading text of width {', '.join(map(str, sorted(text_width)))}" if text_width else ""
+    raise NestedAttentionError(
+        f"This model ({type(model.model).__name__}) has {found}{reads}. Nested Attention works with SDXL base models "
+        "(70 layers, text width 2048) and SD 1.5 (16 layers, text width 768): load such a checkpoint."
+    )
+
+
+def check_encoder_fits(
+    encoder: HostEncoder, model: comfy.model_patcher.ModelPatcher
+) -> tuple[Family, tuple[CrossAttentionLayer, ...]]:
+    """The model's family and layers, once it is clear that the encoder was made for such a model.
+
+    Raises NestedAttentionError naming both when it was not.
+    """
+    family, layers = unet_layers_of(model)
+    config = encoder.config
+    if config.family != family.name:
+        made_for = family_of(config.family).title
+        raise NestedAttentionError(
+            f"The encoder {encoder.name} is for {made_for}, the model ({type(model.model).__name__}) is "
+            f"{family.title}. Load an encoder for {family.title}, or a {made_for} checkpoint."
+        )
+    widths = tuple(layer.width for layer in layers)
+    if config.widths != widths:
+        differing = next(i for i, (a, b) in enumerate(zip(config.widths, widths, strict=True)) if a != b)
+        raise NestedAttentionError(
+            f"The encoder {encoder.name} and the model are both {family.title} but of other widths: layer "
+            f"{layers[differing].diffusers} has {widths[differing]} channels, the encoder was made for "
+            f"{config.widths[differing]}. Use the encoder with the base model that it was trained on."
+        )
+    return family, layers
+
+
+def applications_of(model: comfy.model_patcher.ModelPatcher) -> tuple[Application, ...]:
+    """The subjects applied to a MODEL, in order."""
+    return model.get_attachment(KEY) or ()
+
+
+def apply_subject(
+    model: comfy.model_patcher.ModelPatcher, clip: Any, application: Application
+) -> tuple[comfy.model_patcher.ModelPatcher, Any]:
+    """Clones of MODEL and CLIP with one more subject; the originals are untouched.
+
+    Raises NestedAttentionError: encoder and model don't fit; the placeholder is taken; the CLIP is unsupported.
+    """
+    check_encoder_fits(application.source.encoder, model)
+    applied = applications_of(model)
+    if application.placeholder.key in {a.placeholder.key for a in applied}:
+        raise NestedAttentionError(
+            f"A subject with the placeholder {application.placeholder.text} is already applied to this model. Give "
+            "each subject its own in Encode Subject or Load Subject, for example <anna> and <ben>, and use both in "
+            "the prompt."
+        )
+    clip = bind_clip(clip, application.placeholder)
+    model = model.clone()
+    model.set_attachments(KEY, (*applied, application))
+    if not model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    return model, clip
+
+
+def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """OUTER_SAMPLE wrapper: everything a run needs is made here and gone when it ends, fails or is interrupted."""
+    guider = executor.class_obj
+    applications = tuple(a for a in applications_of(guider.model_patcher) if not a.idle)
+    if not applications:
+        return executor(*args, **kwargs)
+    with _sampling_run(guider, applications):
+        return executor(*args, **kwargs)
+
+
+@contextmanager
+def _sampling_run(guider: Any, applications: tuple[Application, ...]) -> Iterator[None]:
+    options = guider.model_options["transformer_options"]
+    texts = _read_texts(guider.conds)
+    # Couple packs bring texts that are in none of the guider's lists, by patches or by hooks that bring patches: there
+    # all subjects stay in the run.
+    elsewhere = bool(options.get("patches", {}).get("attn2_patch")) or any(
+        entry.get("hooks") is not None and entry["hooks"].get_type(EnumHookType.TransformerOptions)
+        for entries in guider.conds.values()
+        for entry in entries
+    )
+    mentioned = _check_mentioned(texts, applications, elsewhere)
+    applications = tuple(a for a in applications if elsewhere or a.placeholder.key in mentioned)
+    if not applications:
+        yield
+        return
+    run = _Run(guider.model_patcher, applications, texts)
+    # The guider's options are this run's own copy: what is put there ends with the run.
+    wrappers = options.setdefault("wrappers", {})
+    wrappers.setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [run.calc_cond_batch]
+    wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [run.apply_model]
+    try:
+        run.load()
+        with _uncompiled():
+            yield
+    finally:
+        run.close()
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """Compiled models run as they are written while subjects act.
+
+    The host's compile node tells the compiler to ignore changes of the options in which replacements lie: a compiled
+    layer would go on with the subjects of another step, or of another run.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled in this process
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _is_negative(name: str) -> bool:
+    """Whether a guider's list of conditionings by that name is there to be steered away from."""
+    return any(word in name.lower() for word in ("neg", "uncond", "empty"))
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One conditioning: its rows before the host repeats them, and where its placeholders stand.
+
+    images: one `Places`, by lower-case placeholder, or one for each image where the batch has a prompt per image.
+    """
+
+    length: int
+    images: tuple[Places, ...]
+
+    @property
+    def mentions(self) -> set[str]:
+        return {key for places in self.images for key in places}
+
+
+def _read_text(cond: Tensor, values: Mapping[str, Any], by_likeness: bool = True) -> _Text:
+    """What a conditioning (1 or images, T, D) mentions."""
+    images: list[Places] = [places_in_conditioning(cond[:1], values, by_likeness)]
+    if len(cond) > 1:
+        # A dictionary describes one text: those of the images are known by their rows.
+        each = [places_in_conditioning(cond[i : i + 1], {}) for i in range(len(cond))]
+        images = each if any(each) else images
+    return _Text(cond.shape[1], tuple({key.lower(): rows for key, rows in places.items()} for places in images))
+
+
+def _read_texts(conds: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[tuple[Tensor, _Text]]]:
+    """The conditionings of a guider's lists, each with what it mentions."""
+    return {
+        name: [
+            (entry["cross_attn"], _read_text(entry["cross_attn"], entry, by_likeness=not _is_negative(name)))
+            for entry in entries
+            if entry.get("cross_attn") is not None
+        ]
+        for name, entries in conds.items()
+    }
+
+
+def _check_mentioned(
+    texts: Mapping[str, Sequence[tuple[Tensor, _Text]]], applications: Sequence[Application], elsewhere: bool
+) -> set[str]:
+    """Keys of the placeholders that the run's prompts mention.
+
+    Raises NestedAttentionError when no positive prompt mentions a subject that has to be mentioned; with `elsewhere`
+    (there are texts that can't be seen here) that is a warning.
+    """
+    found = {name: set().union(*(text.mentions for _, text in listed)) for name, listed in texts.items()}
+    positive: set[str] = set().union(*(keys for name, keys in found.items() if not _is_negative(name)))
+    for application in applications:
+        text = application.placeholder.text
+        if application.placeholder.key in positive or application.skip_unmentioned:
+            continue
+        if elsewhere:
+            log.warning("No positive prompt mentions %s, unless a text that another node brings does.", text)
+            continue
+        others = ", ".join(sorted(positive)) or "no subject at all"
+        raise NestedAttentionError(
+            f"No positive prompt mentions {text}. Write {text} in the prompt where the subject belongs, for example "
+            f'"a photo of {text} in a garden", in a text encode node whose CLIP comes from Apply Subject (not straight '
+            f"from the checkpoint). The prompts mention {others}. To let such a run pass, use Apply Subject (Advanced) "
+            "with when_unmentioned = skip."
+        )
+    return set().union(*found.values())
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What the sampler calls a chunk of a batch: a prompt, and the `area` (h, w, y, x) it is sampled in, if not all."""
+
+    text: _Text | None
+    area: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one CALC_COND_BATCH call knows."""
+
+    active: tuple[int, ...]  # indexes of the run's applications
+    chunks: dict[tuple[int, Any], _Chunk]  # (index of the conds list, uuid) -> chunk
+    images: int
+    grid: tuple[int, int]  # (height, width) of the whole latent
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a batch that share one text. `tile`: they show neither the whole picture nor the chunk's area."""
+
+    start: int
+    stop: int
+    length: int
+    places: Places
+    area: tuple[int, ...] | None
+    tile: bool
+
+
+def _clipped(area: Sequence[int], grid: tuple[int, int]) -> tuple[int, int, int, int]:
+    """An area (h, w, y, x) without what lies outside of the picture, as the host samples it."""
+    h, w, y, x = area
+    return min(h, grid[0] - y), min(w, grid[1] - x), y, x
+
+
+class _Run:
+    """One sampling run with its subjects."""
+
+    def __init__(
+        self,
+        model: comfy.model_patcher.ModelPatcher,
+        applications: tuple[Application, ...],
+        texts: Mapping[str, Sequence[tuple[Tensor, _Text]]],
+    ) -> None:
+        self.model = model
+        self.applications = applications
+        self.layers = unet_layers_of(model)[1]
+        sampling = model.get_model_object("model_sampling")
+        self.windows = [(sampling.percent_to_sigma(a.start), sampling.percent_to_sigma(a.end)) for a in applications]
+        self.keys_values: list[list[tuple[Tensor, Tensor] | None]] = []  # per application and layer, (1, N, C) each
+        self.log_weights: list[Tensor | None] = []
+        self.moved: dict[Any, Any] = {}  # tensors on the device and in the type of a layer, by what they are
+        # By id of the conditioning tensor, which is kept alive.
+        self.texts = {id(cond): (cond, text) for listed in texts.values() for cond, text in listed}
+        self.regions: dict[Any, _Text] = {}  # texts by where they stand in a batch that another pack arranged
+
+    def load(self) -> None:
+        """Compute K̈ and V̈ of every subject, once for the run."""
+        model = self.model.model
+        dtype = model.get_dtype_inference() if hasattr(model, "get_dtype_inference") else model.get_dtype()
+        for application in self.applications:
+            encoder, subject = application.source.encoder, application.source.subject
+            comfy.model_management.load_models_gpu([encoder.patcher])
+            module, device = encoder.module, encoder.patcher.load_device
+            tokens, weights = subject.tokens, subject.token_weights
+            if weights is not None:
+                tokens, weights = tokens[:, weights > 0], weights[weights > 0]
+            tokens = tokens.to(device, next(module.parameters()).dtype)
+            pairs: list[tuple[Tensor, Tensor] | None] = []
+            for layer, weight in zip(self.layers, application.layer_weights, strict=True):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                if weight == 0:
+                    pairs.append(None)
+                    continue
+                key, value = module.keys_values(tokens, layer.index)
+                pairs.append((key.to(self.model.load_device, dtype), value.to(self.model.load_device, dtype)))
+            self.keys_values.append(pairs)
+            self.log_weights.append(None if weights is None else weights.log())
+
+    def close(self) -> None:
+        """Give back everything the run holds."""
+        self.keys_values.clear()
+        self.log_weights.clear()
+        self.moved.clear()
+        self.texts.clear()
+        self.regions.clear()
+
+    # -- once per step ------------------------------------------------------------------------------------------
+
+    def calc_cond_batch(
+        self, executor: Any, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
+    ) -> Any:
+        """CALC_COND_BATCH wrapper: which subjects act in this step, and which prompt has them where."""
+        sigma = float(timestep[0])
+        active = tuple(i for i, (start, end) in enumerate(self.windows) if end <= sigma <= start)
+        if active:
+            grid = (x_in.shape[-2], x_in.shape[-1])
+            chunks = {
+                (i, entry["uuid"]): _Chunk(
+                    self._text(entry), _clipped(entry["area"], grid) if "area" in entry else None
+                )
+                for i, listed in enumerate(conds)
+                for entry in listed or ()
+            }
+            step = _Step(active, chunks, x_in.shape[0], grid)
+            options = {**model_options.get("transformer_options", {}), KEY: step}
+            model_options = {**model_options, "transformer_options": options}
+        return executor(model, conds, x_in, timestep, model_options)
+
+    def _text(self, entry: Mapping[str, Any]) -> _Text | None:
+        """The text that an entry is sampled with. Its dictionary may be another's: where areas need an opposite, the
+        host copies dictionary, area and uuid of one prompt onto the tensor of another."""
+        cross_attention = entry.get("model_conds", {}).get("c_crossattn")
+        if cross_attention is None:
+            return None
+        cond = cross_attention.cond
+        if id(cond) not in self.texts:
+            self.texts[id(cond)] = (cond, _read_text(cond, {}))
+        return self.texts[id(cond)][1]
+
+    # -- once per call of the model -----------------------------------------------------------------------------
+
+    def apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Mapping[str, Any] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> Any:
+        """APPLY_MODEL wrapper: our attn2 replacements around those that are there by now, hooks' ones among them."""
+        step = transformer_options.get(KEY)
+        options = dict(transformer_options)
+        if step is not None and c_crossattn is not None:
+            parts = self._parts(step, x, c_crossattn, options)
+            if any(self._bound(step, part) for part in parts) or options.get("patches", {}).get("attn2_patch"):
+                options = self._with_patches(options, _Call(self, step, parts, c_crossattn.shape[1]))
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def _parts(self, step: _Step, x: Tensor, context: Tensor, options: Mapping[str, Any]) -> list[_Part]:
+        """Which text stands in which rows of a batch x (rows, channels, h, w) with its texts `context` (rows, T, D)."""
+        keys = list(zip(options["cond_or_uncond"], options["uuids"], strict=True))
+        chunks = [step.chunks.get(key, _Chunk(None, None)) for key in keys]
+        shape = tuple(x.shape[-2:])
+        parts = []
+        if len(x) != len(chunks) * step.images:
+            # Another pack arranged the rows anew (tiles, mostly): each is known by its text, read once a run.
+            for row in range(len(x)):
+                text = self._region((tuple(options["uuids"]), row, tuple(context.shape)), context[row])
+                parts.append(_Part(row, row + 1, text.length, text.images[0], None, True))
+            return parts
+        for number, chunk in enumerate(chunks):
+            if chunk.text is None:
+                continue
+            tile = shape != (step.grid if chunk.area is None else tuple(chunk.area[:2]))
+            start, images = number * step.images, chunk.text.images
+            rows = [(start, start + step.images)]
+            if len(images) > 1:
+                rows = [(start + i, start + i + 1) for i in range(step.images)]
+            for i, (first, last) in enumerate(rows):
+                places = images[i % len(images)]
+                parts.append(_Part(first, last, chunk.text.length, places, chunk.area, tile))
+        return parts
+
+    def _region(self, at: Any, text: Tensor) -> _Text:
+        if at not in self.regions:
+            self.regions[at] = _read_text(text[None], {})
+        return self.regions[at]
+
+    def coupled_parts(self, call: _Call, context: Tensor, kinds: Sequence[int], uuids: Any) -> list[_Part]:
+        """The parts after an attention-couple pack put further texts beside each positive one.
+
+        kinds: what such packs record, an entry per part: 1 for the negative prompt, 0 for the positive one and then
+        each of its regions. context: the texts as they go into the layer, (rows, T, D).
+        """
+        rows, each = len(context) // len(kinds), call.step.images
+        own = iter(range(len(context) // each))
+        by_start = {part.start // each: part for part in call.parts}
+        parts, current, left = [], None, 0
+        positives = sum(kind != 1 for kind in kinds)
+        chunks = len(uuids)
+        regions = positives // max(1, chunks - (len(kinds) - positives))
+        for number, kind in enumerate(kinds):
+            start, stop = number * rows, (number + 1) * rows
+            if left == 0:
+                current = by_start.get(next(own))
+                left = 1 if kind == 1 else regions
+                if current is not None:
+                    parts.append(replace(current, start=start, stop=stop))
+            else:
+                text = self._region((tuple(uuids), "couple", number, tuple(context.shape)), context[start])
+                area, tile = (current.area, current.tile) if current is not None else (None, False)
+                parts.append(_Part(start, stop, text.length, text.images[0], area, tile))
+            left -= 1
+        return parts
+
+    def _bound(self, step: _Step, part: _Part) -> dict[int, tuple[int, ...]]:
+        """{application: its rows of the text} for the active subjects that a part mentions.
+
+        Raises NestedAttentionError when two of them claim one place.
+        """
+        bound = {
+            i: part.places[self.applications[i].placeholder.key]
+            for i in step.active
+            if self.applications[i].placeholder.key in part.places
+        }
+        taken: dict[int, str] = {}
+        for i, places in bound.items():
+            name = self.applications[i].placeholder.text
+            for row in places:
+                if taken.setdefault(row, name) != name:
+                    raise NestedAttentionError(
+                        f"{taken[row]} and {name} stand at the same place of a prompt that another node has rebuilt, "
+                        "and their prompts read alike to the text encoder. Give the two subjects different class words "
+                        '(such as "woman" and "man"), or encode with CLIP Text Encode.'
+                    )
+        return bound
+
+    def _with_patches(self, options: dict[str, Any], call: _Call) -> dict[str, Any]:
+        """A copy of the options with our replacements around the attn2 replacements that are there."""
+        replaced = options.get("patches_replace", {})
+        attn2 = dict(replaced.get("attn2", {}))
+        for i, layer in enumerate(self.layers):
+            # The host prefers the address with the transformer's index: one without it would never be called again.
+            previous = attn2.get(layer.block) or attn2.get(layer.block[:2])
+            attn2[layer.block] = _Attn2Replace(call, i, previous)
+        patches = options.get("patches", {})
+        return {
+            **options,
+            "patches_replace": {**replaced, "attn2": attn2},
+            # After whatever changes queries and texts in front of the layer: see `coupled_parts`.
+            "patches": {**patches, "attn2_patch": [*patches.get("attn2_patch", []), _note_context]},
+        }
+
+    # -- in the layers ------------------------------------------------------------------------------------------
+
+    def bound_rows(self, call: _Call, parts: list[_Part], text_length: int, device: torch.device) -> list[_Bound]:
+        """The parts that mention an active subject, with the places on the device of the layer.
+
+        text_length: rows of text that the batch has. The host repeats shorter prompts to the least common multiple of
+        the batch; what is longer still was appended by somebody else and is not text.
+        """
+        bound = []
+        for part in parts:
+            places = {}
+            for i, rows in self._bound(call.step, part).items():
+                everywhere = tuple(start + row for start in range(0, text_length, part.length) for row in rows)
+                key = ("places", everywhere, device)
+                places[i] = self._moved(key, partial(torch.tensor, everywhere, device=device))
+            if places:
+                bound.append((part, places))
+        return bound
+
+    def _moved(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self.moved:
+            self.moved[key] = make()
+        return self.moved[key]
+
+    def _spatial(self, i: int, step: _Step, part: _Part, q: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """The mask of an application on a layer's grid, (rows, Q)."""
+        mask = self.applications[i].mask
+        if mask is None:
+            return None
+        height, width = shape[-2:]
+        if part.tile or height * width != q.shape[1]:
+            raise NestedAttentionError(
+                f"The mask of {self.applications[i].placeholder.text} can't be placed: another node samples the "
+                f"picture in tiles or on another grid (here {height} x {width}, {q.shape[1]} queries). Apply the "
+                "subject without a mask, or take that node out."
+            )
+
+        def resize() -> Tensor:
+            whole = F.interpolate(mask[:, None].float(), size=step.grid, mode="area")
+            if part.area is not None:
+                h, w, y, x = part.area
+                whole = whole[:, :, y : y + h, x : x + w]
+            grid = F.interpolate(whole, size=(height, width), mode="area").flatten(1)
+            return comfy.utils.repeat_to_batch_size(grid, step.images).to(q.device)
+
+        key = ("mask", i, part.area, step.grid, height, width, step.images, q.device)
+        images = self._moved(key, resize)
+        first = part.start % step.images
+        return images[first : first + len(q)]
+
+    def term(self, i: int, layer: int, places: Tensor, step: _Step, part: _Part, q: Tensor, shape: Any) -> Any:
+        """The subject's term in a layer, or None where its layer weight is 0."""
+        pair = self.keys_values[i][layer]
+        if pair is None:
+            return None
+        if pair[0].device != q.device or pair[0].dtype != q.dtype:
+            original = pair
+            pair = self._moved(
+                ("kv", i, layer, q.device, q.dtype), lambda: tuple(t.to(q.device, q.dtype) for t in original)
+            )
+        application, weights = self.applications[i], self.log_weights[i]
+        if weights is not None:
+            weights = self._moved(("weights", i, q.device), partial(weights.to, q.device))
+        return NestedTerm(
+            key=pair[0],
+            value=pair[1],
+            places=places,
+            strength=application.strength * application.layer_weights[layer],
+            alpha=application.alpha,
+            value_norm=application.value_norm,
+            focus=application.focus,
+            spatial=self._spatial(i, step, part, q, shape),
+            log_weights=weights,
+        )
+
+
+_CONTEXT = "nested_attention_context"
+
+
+def _note_context(n: Tensor, context: Tensor, value: Tensor, extra_options: dict[str, Any]) -> Any:
+    """attn2_patch that changes nothing: the replacement of the same layer gets to see the text before W_K."""
+    extra_options[_CONTEXT] = context
+    return n, context, value
+
+
+#: a part of a batch, and {application: its places (P,)}
+_Bound = tuple[_Part, dict[int, Tensor]]
+
+
+class _Call:
+    """One call of the model: what its 70 or 16 replacements share."""
+
+    def __init__(self, run: _Run, step: _Step, parts: list[_Part], text_length: int) -> None:
+        self.run, self.step, self.parts, self.text_length = run, step, parts, text_length
+        self._rows: dict[Any, list[_Bound]] = {}
+
+    def rows(self, q: Tensor, extra_options: Mapping[str, Any]) -> list[_Bound]:
+        """Where subjects are bound in a layer's rows. Found once a call."""
+        kinds = extra_options.get("cond_or_uncond_couple") or extra_options.get("cond_or_uncond_hook_couple")
+        context = extra_options[_CONTEXT]
+        key = (tuple(kinds) if kinds else None, q.shape[0], context.shape[1], q.device)
+        if key not in self._rows:
+            parts, length = self.parts, min(self.text_length, context.shape[1])
+            if kinds and len(kinds) != len(extra_options["cond_or_uncond"]):
+                parts = self.run.coupled_parts(self, context, kinds, extra_options["uuids"])
+                length = context.shape[1]
+            self._rows[key] = self.run.bound_rows(self, parts, length, q.device)
+        return self._rows[key]
+
+
+class _Attn2Replace:
+    """attn2 replacement of one layer in one call. The host calls it with projected q, k, v (B, Q | T, C)."""
+
+    def __init__(self, call: _Call, layer: int, previous: Callable[..., Tensor] | None) -> None:
+        self.call, self.layer, self.previous = call, layer, previous
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        heads, precision = extra_options["n_heads"], extra_options.get("attn_precision")
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+            if mask is not None:  # not every backend of the host takes one; PyTorch's always does
+                return scaled_dot_product(q, k, v, heads, mask)
+            return host_attention.optimized_attention(
+                q, k, v, heads, attn_precision=precision, transformer_options=extra_options
+            )
+
+        out = self.previous(q, k, v, extra_options) if self.previous else attend(q, k, v, heads)
+        bound = self.call.rows(q, extra_options)
+        if not bound:
+            return out
+        out = out.clone()
+        for part, places in bound:
+            rows = slice(part.start, part.stop)
+            terms = [
+                self.call.run.term(i, self.layer, at, self.call.step, part, q[rows], extra_options["activations_shape"])
+                for i, at in places.items()
+            ]
+            terms = [term for term in terms if term is not None]
+            if terms:
+                out[rows] += nested_delta(q[rows], k[rows], v[rows], heads, terms, attend).to(out.dtype)
+        return out

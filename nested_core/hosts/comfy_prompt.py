@@ -1,0 +1,412 @@
+"""Prompt placeholders in ComfyUI: which rows of a conditioning belong to which subject.
+
+`bind_clip` returns a CLIP under which a placeholder such as `<person>` is its class word for the text encoder.
+Three things make the binding survive what graphs do to prompts:
+
+1. The tokenizers inside the CLIP are wrapped where they meet plain text, below the host's handling of weights,
+   escapes, embeddings and long prompts. The tokens of a placeholder are `BoundToken`s: integers that remember it.
+   They pass through every node that cuts, joins or reweights token lists.
+2. The encode methods read off where those tokens stand and say so in the conditioning's dictionary
+   (`CONDITIONING_KEY`): `{"length": rows, "places": {placeholder: [row, ...]}}`.
+3. Nodes that rebuild the dictionary, or concatenate conditionings, lose or outdate that entry. Every bound encode is
+   therefore also kept as a sketch in `LEDGER`; the rows of a conditioning are compared with it when its entry is
+   missing or does not fit.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sd
+import comfy.sd1_clip
+import torch
+from torch import Tensor
+
+from ..errors import NestedAttentionError
+from ..subject import is_plain_word
+
+CONDITIONING_KEY = "nested_attention"
+
+#: placeholder -> rows of the conditioning, ascending
+Places = dict[str, tuple[int, ...]]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """A word of the prompt that stands for a subject.
+
+    text: as written in prompts. class_word: what the text encoder reads instead. pooled: take SDXL's pooled text
+    vector at this token instead of the end of the text (DESIGN: the encoder's `pooled` = "placeholder").
+    """
+
+    text: str
+    class_word: str
+    pooled: bool = False
+
+    @property
+    def key(self) -> str:
+        """How the placeholder is compared: text encoders do not see case either."""
+        return self.text.lower()
+
+    def reads_as(self, written: str) -> str:
+        """What the text encoder gets for `written`, an occurrence of this placeholder in a prompt."""
+        return written if is_plain_word(self.text) else self.class_word
+
+
+class BoundToken(int):
+    """A token id that knows the placeholder it came from."""
+
+    placeholder: str
+
+    def __new__(cls, token: int, placeholder: str) -> BoundToken:
+        self = super().__new__(cls, token)
+        self.placeholder = placeholder
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BoundToken, (int(self), self.placeholder)
+
+
+def _pattern(placeholders: Iterable[Placeholder]) -> re.Pattern[str]:
+    """Occurrences of any placeholder, a group for each; plain words only as whole words."""
+    alternatives = []
+    for p in placeholders:
+        escaped = re.escape(p.text)
+        alternatives.append(rf"((?<!\w){escaped}(?!\w))" if is_plain_word(p.text) else f"({escaped})")
+    return re.compile("|".join(alternatives), re.IGNORECASE)
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+class _BindingTokenizer:
+    """Stands in for a Hugging Face tokenizer inside the host's SDTokenizer: ids of placeholders come out bound."""
+
+    def __init__(self, inner: Any, placeholders: tuple[Placeholder, ...], lead: int, trail: int) -> None:
+        self.inner = inner
+        self.placeholders = sorted(placeholders, key=lambda p: len(p.text), reverse=True)  # the longest wins
+        self.pattern = _pattern(self.placeholders)
+        self.lead = lead  # special tokens the inner tokenizer puts before the text
+        self.trail = trail  # and after it
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def _ids(self, text: str) -> list[int]:
+        ids = list(self.inner(text)["input_ids"])
+        return ids[self.lead : len(ids) - self.trail]
+
+    def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(text, str) or self.pattern.search(text) is None:
+            return self.inner(text, *args, **kwargs)
+
+        read = ""  # the text the encoder reads
+        spans: list[tuple[int, int, str]] = []  # start, end and placeholder of each subject in it
+        end = 0
+        for match in self.pattern.finditer(text):
+            assert match.lastindex is not None  # every alternative is a group
+            placeholder = self.placeholders[match.lastindex - 1]
+            between = text[end : match.start()]
+            # Two placeholders side by side stay two words.
+            read += between or (" " if spans else "")
+            word = placeholder.reads_as(match.group())
+            spans.append((len(read), len(read) + len(word), placeholder.text))
+            read += word
+            end = match.end()
+        read += text[end:]
+
+        encoded = self.inner(read, *args, **kwargs)
+        ids = list(encoded["input_ids"])
+        body = ids[self.lead : len(ids) - self.trail]
+        for start, stop, placeholder_text in spans:
+            # A word's tokens are those that neither the text before nor the text after it accounts for. Where the
+            # word is glued to its neighbours ("<person>s"), that is the whole glued word.
+            first = _common_prefix(self._ids(read[:start]), body)
+            last = len(body) - _common_prefix(self._ids(read[stop:])[::-1], body[::-1])
+            for i in range(first, max(first, last)):
+                if not isinstance(body[i], BoundToken):
+                    body[i] = BoundToken(body[i], placeholder_text)
+        encoded["input_ids"] = ids[: self.lead] + body + ids[len(ids) - self.trail :]
+        return encoded
+
+
+def _sd_tokenizers(tokenizer: Any) -> dict[str, comfy.sd1_clip.SDTokenizer]:
+    """The host's tokenizers inside a CLIP's, by attribute name: clip_l and clip_g for SDXL, clip_l for SD 1.5."""
+    return {k: v for k, v in vars(tokenizer).items() if isinstance(v, comfy.sd1_clip.SDTokenizer)}
+
+
+def _bind_tokenizer(tokenizer: Any, placeholders: tuple[Placeholder, ...]) -> Any:
+    """A shallow copy of a CLIP's tokenizer whose text tokenizers bind `placeholders`; the original is untouched."""
+    bound = copy.copy(tokenizer)
+    for name, part in _sd_tokenizers(tokenizer).items():
+        part = copy.copy(part)
+        inner = part.tokenizer.inner if isinstance(part.tokenizer, _BindingTokenizer) else part.tokenizer
+        part.tokenizer = _BindingTokenizer(inner, placeholders, part.tokens_start, int(part.tokenizer_adds_end_token))
+        setattr(bound, name, part)
+    return bound
+
+
+def _rows_taken(token: Any, width: int) -> tuple[int, int]:
+    """Rows of the text encoder that a token takes: (where it stands, as padding at the end).
+
+    An embedding takes as many rows as it has vectors; one of another width is dropped by the host, which pads.
+    """
+    if isinstance(token, dict):
+        token = token.get("data")
+    if not torch.is_tensor(token):
+        return 1, 0
+    rows = token.numel() // token.shape[-1]
+    return (rows, 0) if token.shape[-1] == width else (0, rows)
+
+
+def places_of(tokens: Mapping[str, Any], widths: Mapping[str, int], rows: int) -> Places:
+    """Where the bound tokens of a tokenized prompt stand in its conditioning.
+
+    Args:
+        tokens: the host's token lists per text encoder: {"g": [[(token, weight, ...), ...], ...], "l": ...}.
+        widths: embedding width of each encoder, to know which textual-inversion vectors the host drops.
+        rows: length of the conditioning. SDXL cuts the longer of its two encoders' texts to the shorter.
+
+    Returns:
+        placeholder -> ascending rows. With two texts (SDXL) a row is bound where either of them mentions it.
+    """
+    found: dict[str, set[int]] = {}
+    for name, sections in tokens.items():
+        start = 0
+        for section in sections:
+            at, dropped = start, 0
+            for token, *_ in section:
+                here, padding = _rows_taken(token, widths.get(name, -1))
+                if isinstance(token, BoundToken) and at < rows:
+                    found.setdefault(token.placeholder, set()).add(at)
+                at += here
+                dropped += padding
+            start = at + dropped
+    return {placeholder: tuple(sorted(places)) for placeholder, places in found.items()}
+
+
+class Ledger:
+    """The bound encodes of this process, found again by what their rows look like.
+
+    An entry is a sketch: 64 channels of every row, normalised, so that it also fits copies that were cast or scaled
+    as a whole. All rows of an encode must fit, one after another. Texts that differ only in a placeholder and its
+    class word are the same rows; then both names are reported, and the caller knows which subjects it has.
+    """
+
+    CHANNELS = 64
+    SIMILAR = 0.9999
+
+    def __init__(self, size: int = 2048) -> None:  # of 20 kB each, for a prompt of 77 tokens
+        self.size = size
+        self.entries: OrderedDict[bytes, tuple[Tensor, dict[str, tuple[int, ...]]]] = OrderedDict()
+
+    @classmethod
+    def _sketch(cls, cond: Tensor) -> Tensor:
+        """(T, D) -> unit rows (T, CHANNELS), fp32 on the CPU."""
+        step = max(1, cond.shape[-1] // cls.CHANNELS)
+        return torch.nn.functional.normalize(cond[:, ::step][:, : cls.CHANNELS].float().cpu(), dim=-1)
+
+    def add(self, cond: Tensor, places: Places) -> None:
+        """Remember an encode: cond (1, T, D) and where its placeholders stand."""
+        sketch = self._sketch(cond[0])
+        key = (sketch * 4096).round().to(torch.int16).numpy().tobytes()
+        known = self.entries.pop(key, (sketch, {}))[1]
+        self.entries[key] = (sketch, {**known, **places})
+        while len(self.entries) > self.size:
+            self.entries.popitem(last=False)
+
+    def find(self, cond: Tensor) -> Places:
+        """Places in a conditioning's rows (T, D), for every remembered encode that stands in them, at any offset."""
+        sketch = self._sketch(cond)
+        found: dict[str, set[int]] = {}
+        for key, (known, places) in list(self.entries.items()):
+            length = len(known)
+            if length > len(sketch) or known.shape[1] != sketch.shape[1]:
+                continue
+            similar = sketch @ known.T  # (T, length)
+            for offset in range(len(sketch) - length + 1):
+                if similar[offset, 0] > self.SIMILAR and bool(
+                    (similar.diagonal(-offset)[:length] > self.SIMILAR).all()
+                ):
+                    self.entries.move_to_end(key)  # in use: the last to be forgotten
+                    for placeholder, rows in places.items():
+                        found.setdefault(placeholder, set()).update(row + offset for row in rows)
+        return {placeholder: tuple(sorted(rows)) for placeholder, rows in found.items()}
+
+
+LEDGER = Ledger()
+
+
+class _BoundCLIP:
+    """Mixed into the class of a CLIP object: clones stay bound, encodes say where placeholders landed."""
+
+    nested_attention: tuple[Placeholder, ...]
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        return _adopt(super().clone(*args, **kwargs), self.nested_attention)  # type: ignore[misc]
+
+    def encode_from_tokens(
+        self, tokens: Any, return_pooled: Any = False, return_dict: bool = False, **kwargs: Any
+    ) -> Any:
+        out = super().encode_from_tokens(  # type: ignore[misc]
+            tokens, return_pooled=return_pooled, return_dict=return_dict, **kwargs
+        )
+        unprojected = return_pooled == "unprojected"
+        if return_dict:
+            self._describe(tokens, out["cond"], out, unprojected)
+            return out
+        if return_pooled:
+            cond, pooled = out
+            values = {"pooled_output": pooled}
+            self._describe(tokens, cond, values, unprojected)
+            return cond, values["pooled_output"]
+        self._describe(tokens, out, {}, unprojected)
+        return out
+
+    def encode_from_tokens_scheduled(self, tokens: Any, unprojected: bool = False, *args: Any, **kwargs: Any) -> Any:
+        out = super().encode_from_tokens_scheduled(tokens, unprojected, *args, **kwargs)  # type: ignore[misc]
+        for cond, values in out:
+            if CONDITIONING_KEY not in values:  # encoded under CLIP hooks, past encode_from_tokens
+                # The pooled vector would need the same hooks once more; it stays at the end of the text.
+                self._describe(tokens, cond, values, unprojected=True)
+        return out
+
+    def _describe(self, tokens: Any, cond: Tensor, values: dict[str, Any], unprojected: bool) -> None:
+        """Write where `tokens` bind into the conditioning's dictionary and into the ledger."""
+        places = places_of(tokens, self._widths(tokens), cond.shape[1])
+        values[CONDITIONING_KEY] = {
+            "length": cond.shape[1],
+            "places": {placeholder: list(rows) for placeholder, rows in places.items()},
+        }
+        if places:
+            LEDGER.add(cond, places)
+        if values.get("pooled_output") is not None and not unprojected:
+            at_placeholder = self._pooled_at_placeholder(tokens)
+            if at_placeholder is not None:
+                values["pooled_output"] = at_placeholder.to(values["pooled_output"])
+
+    def _encoder(self, name: str) -> Any:
+        return getattr(self.cond_stage_model, f"clip_{name}", None)  # type: ignore[attr-defined]
+
+    def _widths(self, tokens: Mapping[str, Any]) -> dict[str, int]:
+        encoders = {name: self._encoder(name) for name in tokens}
+        return {
+            name: encoder.transformer.get_input_embeddings().weight.shape[1]
+            for name, encoder in encoders.items()
+            if encoder is not None
+        }
+
+    def _pooled_at_placeholder(self, tokens: Mapping[str, Any]) -> Tensor | None:
+        """CLIP-G's projected last state at the first bound token, where a subject asks for that; (1, 1280) or None.
+
+        The text encoder is causal, so this is what a tokenizer that ends the text at the placeholder would give.
+        """
+        wanted = {p.text for p in self.nested_attention if p.pooled}
+        encoder = self._encoder("g")
+        if not wanted or encoder is None or not tokens.get("g"):
+            return None
+        section = tokens["g"][0]  # the host takes the pooled vector from the first section
+        width, row = encoder.transformer.get_input_embeddings().weight.shape[1], 0
+        for token, *_ in section:
+            if isinstance(token, BoundToken) and token.placeholder in wanted:
+                break
+            row += _rows_taken(token, width)[0]
+        else:
+            return None
+        device = self.load_model(tokens).load_device  # type: ignore[attr-defined]
+        encoder.reset_clip_options()
+        encoder.set_clip_options({"layer": None, "execution_device": device})  # None: the last layer, normalised
+        try:
+            last = encoder.encode([[token for token, *_ in section]])[0]
+            return encoder.transformer.text_projection(last[:, row].to(device))
+        finally:
+            encoder.reset_clip_options()
+
+
+_bound_classes: dict[type, type] = {}  # one per class, so that clones and their originals are of one kind
+
+
+def _bound_class(base: type) -> type:
+    """A CLIP class with the binding mixed in."""
+    if issubclass(base, _BoundCLIP):
+        return base
+    return _bound_classes.setdefault(base, type(base.__name__, (_BoundCLIP, base), {}))
+
+
+def _adopt(clip: Any, placeholders: tuple[Placeholder, ...]) -> Any:
+    clip.__class__ = _bound_class(type(clip))
+    clip.nested_attention = placeholders
+    return clip
+
+
+def bound_placeholders(clip: Any) -> tuple[Placeholder, ...]:
+    """The placeholders that a CLIP binds; empty for a stock CLIP."""
+    return clip.nested_attention if isinstance(clip, _BoundCLIP) else ()
+
+
+def bind_clip(clip: Any, placeholder: Placeholder) -> Any:
+    """A clone of `clip` under which `placeholder` is read as its class word and bound; `clip` is untouched.
+
+    Raises NestedAttentionError: the CLIP is of an unsupported kind; the placeholder is already bound; its class word
+    has no tokens.
+    """
+    tokenizers = _sd_tokenizers(clip.tokenizer)
+    if not tokenizers or not set(tokenizers) <= {"clip_l", "clip_g"}:
+        raise NestedAttentionError(
+            f"This CLIP ({type(clip.tokenizer).__name__}) is not of SDXL or SD 1.5. Apply Subject works with those "
+            "two: connect the CLIP of the checkpoint that the model comes from."
+        )
+    placeholders = bound_placeholders(clip)
+    if placeholder.key in {p.key for p in placeholders}:
+        raise NestedAttentionError(
+            f"Two subjects use the placeholder {placeholder.text}. Give each subject its own in Encode Subject or "
+            "Load Subject, for example <anna> and <ben>, and use both in the prompt."
+        )
+    placeholders += (placeholder,)
+    bound = _adopt(clip.clone(), placeholders)
+    bound.tokenizer = _bind_tokenizer(clip.tokenizer, placeholders)
+    for sections in bound.tokenize(placeholder.text).values():
+        if not any(isinstance(token, BoundToken) for section in sections for token, *_ in section):
+            raise NestedAttentionError(
+                f"The class word {placeholder.class_word!r} of {placeholder.text} has no tokens in this text encoder. "
+                'Use a plain English word for what the subject is, such as "person" or "dog".'
+            )
+    return bound
+
+
+def places_in_conditioning(cond: Tensor, values: Mapping[str, Any], by_likeness: bool = True) -> Places:
+    """Where placeholders stand in a conditioning (1, T, D): by its dictionary where that fits, else by the ledger.
+
+    by_likeness: whether the ledger may decide about a conditioning without our entry. A text from the stock CLIP that
+    reads like one with a placeholder has the same rows; where a subject must not appear by accident, say False.
+
+    Zeroed conditionings (ConditioningZeroOut) carry no subject: there is no text left to bind to.
+    """
+    entry = values.get(CONDITIONING_KEY)
+    if entry is not None and entry["length"] == cond.shape[1]:
+        places = {placeholder: tuple(rows) for placeholder, rows in entry["places"].items()}
+    elif entry is not None or by_likeness:
+        places = LEDGER.find(cond[0])
+    else:
+        places = {}
+    if places:
+        rows = sorted({row for at in places.values() for row in at})
+        if not cond[0, rows].any():
+            return {}
+    return places

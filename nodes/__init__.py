@@ -1,0 +1,18 @@
+"""The pack's nodes, one module per stage. A node checks its inputs, calls nested_core, and returns; no maths here."""
+
+from .apply import NestedApplySubject, NestedApplySubjectAdvanced
+from .crop import NestedCropSubject
+from .encode import NestedEncodeSubject, NestedMergeSubjects
+from .library import NestedLoadSubject, NestedSaveSubject
+from .loader import NestedEncoderLoader
+
+NODES = [
+    NestedEncoderLoader,
+    NestedEncodeSubject,
+    NestedApplySubject,
+    NestedApplySubjectAdvanced,
+    NestedMergeSubjects,
+    NestedSaveSubject,
+    NestedLoadSubject,
+    NestedCropSubject,
+]

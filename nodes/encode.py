@@ -1,0 +1,174 @@
+"""Encode Subject, Merge Subjects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.v0_0_2 import io
+
+from ..nested_core.errors import NestedAttentionError
+from ..nested_core.hosts.comfy import HostEncoder, HostSubject, encode_tokens
+from ..nested_core.images import content_hash, prepare
+from ..nested_core.subject import Subject, merge_subjects, validate_class_word, validate_placeholder
+from .types import CATEGORY, NestedEncoder, NestedSubject
+
+PLACEHOLDER_TOOLTIP = (
+    "The word you write in the prompt where the subject belongs. In angle brackets it can't be mistaken for an "
+    "ordinary word; a plain word (man) binds to that word where it stands. Each subject needs its own."
+)
+CLASS_WORD_TOOLTIP = (
+    'What the subject is, in plain English: person, woman, dog, "golden retriever". The text encoder reads this '
+    "instead of the placeholder. Write a kind of thing, not a name. Not used with a plain-word placeholder."
+)
+
+# How the encoder's choice of vision features is called in the host's output of the tower.
+_FEATURES = {
+    "penultimate": "penultimate_hidden_states",
+    "last": "last_hidden_state",
+    "pooled": "image_embeds",
+}
+
+_TOWERS = "width 1280 is CLIP ViT-H/14 (the one that IP-Adapter uses), 1024 is CLIP ViT-L/14"
+_POOLED_TOWERS = "width 1024 is CLIP ViT-H/14 (the one that IP-Adapter uses), 768 is CLIP ViT-L/14"
+
+
+def vision_features(encoder: HostEncoder, clip_vision: Any, images: torch.Tensor) -> torch.Tensor:
+    """What the encoder reads of square images (B, S, S, 3): (B, T, E) tokens or the pooled (B, E).
+
+    Raises NestedAttentionError when the tower's features are not as wide as the encoder expects.
+    """
+    features = clip_vision.encode_image(images, crop=False)[_FEATURES[encoder.config.image_features]]
+    expected, got = encoder.config.feature_dim, features.shape[-1]
+    if got != expected:
+        pooled = encoder.config.image_features == "pooled"
+        raise NestedAttentionError(
+            f"The encoder {encoder.name} reads {'pooled embeddings' if pooled else 'vision features'} of width "
+            f"{expected}, this CLIP vision model gives {got}. Load the vision model that the encoder was trained "
+            f"with: {_POOLED_TOWERS if pooled else _TOWERS}."
+        )
+    return features
+
+
+class NestedEncodeSubject(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NestedEncodeSubject",
+            display_name="Encode Subject",
+            category=CATEGORY,
+            description=(
+                "Turns one or more photos of ONE subject into a subject that prompts can mention. Several photos "
+                "(an image batch) are several views of the same subject. Look at the second output: it is what the "
+                "encoder was shown."
+            ),
+            search_aliases=["nested attention", "subject", "reference", "identity", "face"],
+            inputs=[
+                NestedEncoder.Input("encoder", tooltip="From Load Nested Encoder."),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    tooltip="The vision model that the encoder was trained with; for the public one CLIP ViT-H/14, "
+                    "the same file that IP-Adapter uses.",
+                ),
+                io.Image.Input("image", tooltip="Photos of the subject. A batch is several views of one subject."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="What in the photo is the subject, in white. The rest is painted a neutral colour, and "
+                    "crop centres on it. (Load Image's mask of a transparent PNG is the other way round: invert it.)",
+                ),
+                io.String.Input("placeholder", default="<person>", tooltip=PLACEHOLDER_TOOLTIP),
+                io.String.Input("class_word", default="person", tooltip=CLASS_WORD_TOOLTIP),
+                io.Combo.Input(
+                    "fit",
+                    options=["crop", "pad"],
+                    default="crop",
+                    tooltip="The encoder sees a square. crop: the middle of the photo (or around the mask); pad: all "
+                    "of it, with bars. For the public face encoder use Crop Subject before this node.",
+                ),
+            ],
+            outputs=[
+                NestedSubject.Output(display_name="subject", tooltip="For Apply Subject, Merge or Save Subject."),
+                io.Image.Output(display_name="seen", tooltip="The squares that the encoder was shown."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        encoder: HostEncoder,
+        clip_vision: Any,
+        image: torch.Tensor,
+        placeholder: str,
+        class_word: str,
+        fit: str,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        placeholder, class_word = validate_placeholder(placeholder), validate_class_word(class_word)
+        seen = prepare(image, mask, fit, clip_vision.image_size)
+        tokens = encode_tokens(encoder, vision_features(encoder, clip_vision, seen))
+        subject = Subject(
+            tokens=tokens,
+            placeholder=placeholder,
+            class_word=class_word,
+            encoder=encoder.config.fingerprint,
+            encoder_title=encoder.config.title,
+            family=encoder.config.family,
+            views=len(seen),
+            provenance={
+                "images": ",".join(content_hash(view) for view in image),
+                "fit": fit,
+                "image_features": encoder.config.image_features,
+            },
+        )
+        return io.NodeOutput(HostSubject(encoder, subject), seen)
+
+
+_VIEWS = [f"subject_{i}" for i in range(1, 17)]
+
+
+class NestedMergeSubjects(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NestedMergeSubjects",
+            display_name="Merge Subjects",
+            category=CATEGORY,
+            description=(
+                "Makes one subject of several encodes of the SAME subject (front, side, another day). For two "
+                "different subjects in one picture use one Apply Subject for each instead."
+            ),
+            search_aliases=["nested attention", "combine", "views", "average"],
+            inputs=[
+                io.Autogrow.Input(
+                    "subjects",
+                    template=io.Autogrow.TemplateNames(
+                        NestedSubject.Input("subject", tooltip="One encode of the subject."), names=_VIEWS, min=2
+                    ),
+                    tooltip="Encodes of one subject, all from the same encoder. Placeholder and class word come from "
+                    "the first.",
+                ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    tooltip="How much each counts, in order, separated by commas: 1, 1, 0.5. Empty: all the same. "
+                    "A weight of 2 counts as if the view were there twice; 0 leaves it out.",
+                ),
+            ],
+            outputs=[NestedSubject.Output(display_name="subject")],
+        )
+
+    @classmethod
+    def execute(cls, subjects: dict[str, HostSubject], weights: str) -> io.NodeOutput:
+        hosted = list(subjects.values())
+        numbers = None
+        if weights.strip():
+            try:
+                numbers = [float(part) for part in weights.split(",")]
+            except ValueError as error:
+                raise NestedAttentionError(
+                    f'weights is "{weights}"; expected numbers separated by commas, one per subject, such as '
+                    f'"{", ".join(["1"] * len(hosted))}", or nothing.'
+                ) from error
+        merged = merge_subjects([h.subject for h in hosted], numbers)
+        return io.NodeOutput(HostSubject(hosted[0].encoder, merged))

@@ -1,0 +1,300 @@
+"""Models with random weights, for trying the nodes and testing them where no real ones can be had.
+
+Everything has the shapes, the names and the file layout of the real thing, and nothing of its sense: a picture made
+with these is noise. Weights are N(0, 1/fan_in), biases 0, norms 1, so that activations stay finite and of order 1. Each
+tensor has its own seed, made of the seed and its name: the same weights on every ComfyUI version.
+
+The shapes come from ComfyUI's own classes on the meta device: `comfy` must be importable (`use_comfyui`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from _setup import REPO, SetupError, say
+
+if TYPE_CHECKING:
+    import torch
+
+    from nested_core.encoder import NestedEncoder
+
+# Names in the graph: {input of a loader node: file in its models folder}
+CHECKPOINT = "random_narrow_sdxl.safetensors"
+CLIP_VISION = "random_clip_vit_l14.safetensors"
+ENCODER = "random_narrow_nested_encoder.safetensors"
+PHOTO = "astronaut.png"
+
+
+def provide_models(host: Path, models: Path, pictures: Path, photo: bool = True) -> dict[str, str]:
+    """Makes the models, and the photo if asked, that the quickstart needs, where they are not there yet.
+
+    This is the one place that says which models the quickstart uses: to use others, put them into the folders
+    `checkpoints`, `clip_vision` and `nested_attention` of `models` and return their names.
+
+    Returns the file names by the graph's input: "ckpt_name", "clip_name", "encoder_name" and "image".
+    """
+    recipe = _hash(Path(__file__))
+    encoder_recipe = _hash(Path(__file__), *sorted((REPO / "nested_core").glob("[!_]*.py")))
+    checkpoint = models / "checkpoints" / CHECKPOINT
+    clip_vision = models / "clip_vision" / CLIP_VISION
+    encoder = models / "nested_attention" / ENCODER
+    if not _is_made(checkpoint, recipe):
+        say(f"making {CHECKPOINT}: SDXL with a narrow U-Net, 1.2 billion random weights, 2.4 GB")
+        use_comfyui(host)
+        _write(checkpoint, recipe, checkpoint_state_dict())
+    if not _is_made(clip_vision, recipe):
+        say(f"making {CLIP_VISION}: CLIP ViT-L/14, random weights, 0.6 GB")
+        use_comfyui(host)
+        _write(clip_vision, recipe, clip_vision_state_dict())
+    if not _is_made(encoder, encoder_recipe):
+        say(f"making {ENCODER}: nested encoder, 64 tokens, random weights, 0.2 GB")
+        write_nested_encoder(encoder)
+        _mark(encoder, encoder_recipe)
+    if photo and not (pictures / PHOTO).is_file():
+        write_photo(pictures / PHOTO)
+    return {"ckpt_name": CHECKPOINT, "clip_name": CLIP_VISION, "encoder_name": ENCODER, "image": PHOTO}
+
+
+def use_comfyui(host: Path) -> None:
+    """Makes ComfyUI's `comfy` package importable in this process, on the CPU."""
+    if str(host) not in sys.path:
+        sys.path.insert(0, str(host))
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+
+
+# --- state dicts, also for tests that run inside the host ------------------------------------------------------------
+
+
+def unet_config(family: str) -> dict[str, Any]:
+    """Arguments of ComfyUI's UNetModel for a narrow U-Net: one width, 320, everything else the family's own.
+
+    family  "sdxl": 283 M parameters, 70 cross-attention layers; "sd15": 16 cross-attention layers
+    """
+    common = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "use_spatial_transformer": True,
+        "legacy": False,
+    }
+    if family == "sdxl":
+        return common | {
+            "num_res_blocks": [2, 2, 2],
+            "channel_mult": [1, 1, 1],
+            "transformer_depth": [0, 0, 2, 2, 10, 10],
+            "transformer_depth_middle": 10,
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+            "context_dim": 2048,
+            "num_heads": -1,
+            "num_head_channels": 64,
+            "use_linear_in_transformer": True,
+            "num_classes": "sequential",
+            "adm_in_channels": 2816,
+        }
+    if family == "sd15":
+        return common | {
+            "num_res_blocks": [2, 2, 2, 2],
+            "channel_mult": [1, 1, 1, 1],
+            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+            "transformer_depth_middle": 1,
+            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+            "context_dim": 768,
+            "num_heads": 8,
+            "num_head_channels": -1,
+            "use_linear_in_transformer": False,
+            "adm_in_channels": None,
+        }
+    raise ValueError(f'family is "sdxl" or "sd15", got "{family}"')
+
+
+def unet_state_dict(family: str, seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Weights of a narrow U-Net in ComfyUI's key names, without "model.diffusion_model."; float32 unless told."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    unet = UNetModel(**unet_config(family), device="meta", operations=comfy.ops.manual_cast)
+    return randomise(unet.state_dict(), seed, dtype)
+
+
+def text_encoders_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Weights of SDXL's CLIP-L and CLIP-G at full size, in a checkpoint's key names."""
+    import comfy.sdxl_clip
+    import comfy.supported_models
+
+    # A model config only for the renaming that ComfyUI does when it saves a checkpoint.
+    sdxl = comfy.supported_models.SDXL({})
+    return sdxl.process_clip_state_dict_for_saving(
+        randomise(comfy.sdxl_clip.SDXLClipModel(device="meta").state_dict(), seed, dtype)
+    )
+
+
+def vae_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Weights of the VAE of SD 1.5 and SDXL, without "first_stage_model."."""
+    import torch
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    shape = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 128,
+        "ch_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    with torch.device("meta"):
+        vae = AutoencoderKL(ddconfig=shape, embed_dim=4)
+    return randomise(vae.state_dict(), seed, dtype)
+
+
+def checkpoint_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """A whole SDXL checkpoint with a narrow U-Net, float16 unless told: what CheckpointLoaderSimple opens."""
+    import torch
+
+    dtype = dtype or torch.float16
+    return {
+        **{f"model.diffusion_model.{k}": v for k, v in unet_state_dict("sdxl", seed, dtype).items()},
+        **text_encoders_state_dict(seed, dtype),
+        **{f"first_stage_model.{k}": v for k, v in vae_state_dict(seed, dtype).items()},
+    }
+
+
+def clip_vision_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """A CLIP ViT-L/14 vision tower (224 px, hidden 1024), float16 unless told: what CLIPVisionLoader opens."""
+    import json
+
+    import comfy.clip_model
+    import comfy.ops
+    import torch
+
+    config = json.loads(Path(comfy.__path__[0], "clip_vision_config_vitl.json").read_text("utf-8"))
+    tower = comfy.clip_model.CLIPVisionModelProjection(config, torch.float16, "meta", comfy.ops.manual_cast)
+    return randomise(tower.state_dict(), seed, dtype or torch.float16)
+
+
+def nested_encoder(seed: int = 0, tokens: int = 64, feature_dim: int = 1024) -> NestedEncoder:
+    """A nested encoder for the narrow SDXL: all 70 layers 320 wide, a small resampler; for CLIP ViT-L/14 by default."""
+    _use_nested_core()
+    import torch
+
+    from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
+
+    config = EncoderConfig(
+        kind="nested",
+        family="sdxl",
+        base_model="random narrow SDXL",
+        tokens=tokens,
+        token_dim=2048,
+        feature_dim=feature_dim,
+        licence="none needed: random numbers",
+        title="random weights, for trying the nodes: knows no subject",
+        widths=(320,) * 70,
+        resampler=ResamplerShape(dim=512, depth=2, heads=8, dim_head=64, ff_mult=2),
+    )
+    encoder = NestedEncoder.from_config(config, device="meta")
+    encoder.load_state_dict(randomise(encoder.state_dict(), seed, torch.float32), assign=True)
+    return encoder.eval().requires_grad_(False)
+
+
+def randomise(
+    shapes: Mapping[str, torch.Tensor], seed: int = 0, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """Tensors of these shapes and sane scale; float32 unless told. Scalars keep their value.
+
+    Matrices, convolutions and embeddings: N(0, 1/fan_in); vectors: norm weights 1, biases 0, others as embeddings.
+    """
+    import torch
+
+    made = {}
+    for name, like in shapes.items():
+        if like.ndim == 0:
+            made[name] = like.clone()  # CLIP's temperature: has its value even on the meta device
+        elif name.endswith("bias"):
+            made[name] = torch.zeros(like.shape, dtype=dtype)
+        elif like.ndim == 1 and name.endswith("weight"):
+            made[name] = torch.ones(like.shape, dtype=dtype)
+        else:
+            learned_tokens = like.ndim == 1 or name.endswith("latents")
+            fan_in = like.shape[-1] if learned_tokens else like[0].numel()
+            key = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:6], "big"))
+            made[name] = (torch.randn(like.shape, generator=generator) * fan_in**-0.5).to(dtype or torch.float32)
+    return made
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_nested_encoder(path: Path, seed: int = 0) -> None:
+    """Writes `nested_encoder` as a float16 encoder file."""
+    import torch
+
+    encoder = nested_encoder(seed)
+    from nested_core.checkpoint import write_encoder
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_encoder(path, encoder.to(torch.float16))
+
+
+def write_photo(path: Path) -> None:
+    """Writes a photograph that scikit-image ships: the astronaut Eileen Collins, by NASA, in the public domain."""
+    try:
+        import skimage.data
+    except ImportError:
+        raise SetupError(
+            f"The sample photo is part of scikit-image, which is missing. Install it:\n"
+            f"    {sys.executable} -m pip install scikit-image\n"
+            f"or name a photo of your own: --image photo.png"
+        ) from None
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part.png")
+    Image.fromarray(skimage.data.astronaut()).save(temporary)
+    os.replace(temporary, path)
+
+
+def _use_nested_core() -> None:
+    # Last on the path: the repository's `nodes` must not hide ComfyUI's.
+    if str(REPO) not in sys.path:
+        sys.path.append(str(REPO))
+
+
+def _write(path: Path, recipe: str, state_dict: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, temporary)
+    os.replace(temporary, path)
+    _mark(path, recipe)
+
+
+def _hash(*files: Path) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _is_made(path: Path, recipe: str) -> bool:
+    stamp = _stamp(path)
+    return path.is_file() and stamp.is_file() and stamp.read_text("utf-8") == recipe
+
+
+def _mark(path: Path, recipe: str) -> None:
+    _stamp(path).parent.mkdir(exist_ok=True)
+    _stamp(path).write_text(recipe, "utf-8")
+
+
+def _stamp(path: Path) -> Path:
+    # Not beside the file: a folder of models should list nothing else.
+    return path.parents[1] / ".stamps" / path.name

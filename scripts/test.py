@@ -1,0 +1,112 @@
+"""Everything that must pass, with one command: linters, types, unit tests, and the tests inside each ComfyUI.
+
+    python scripts/test.py                        everything
+    python scripts/test.py --host 0.30.0          the host tests with that ComfyUI only
+    python scripts/test.py -k prompt -x           arguments it does not know go to pytest
+    python scripts/test.py tests/unit/test_x.py   only these tests, no linters
+
+Sets up what it needs first (see _setup.py). With COMFYUI_PATH the host tests run inside that ComfyUI, with the Python
+this is started with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+import _setup
+from _setup import HOSTS, REPO, STATE, SetupError, say
+
+NOTHING_COLLECTED = 5  # pytest's exit code
+PACKAGE = STATE / "nested_attention_pack"
+
+
+def main() -> int:
+    """Returns the exit code: 0 where everything passed."""
+    parser = argparse.ArgumentParser(description="Runs the linters and all tests. Other arguments go to pytest.")
+    parser.add_argument("--host", action="append", choices=list(HOSTS), help="only this ComfyUI version (repeatable)")
+    arguments, extra = parser.parse_known_args()
+    paths = [word for word in extra if word.startswith("tests") and (REPO / word.split("::")[0]).exists()]
+    options = [word for word in extra if word not in paths]
+
+    own = _setup.own_comfyui()
+    if own and arguments.host:
+        raise SetupError("COMFYUI_PATH already says which ComfyUI to test with: unset it, or leave out --host.")
+    _setup.enter_environment()
+    if own:
+        _setup.check_own_environment(own, _setup.test_requirements())
+        hosts = {_setup.version_of(own): own}
+    else:
+        every = {version: _setup.fetch_host(version) for version in HOSTS}
+        needed = _setup.host_requirements(every.values())
+        _setup.install([*needed, *_setup.test_requirements()], "ComfyUI's packages and the tests'")
+        hosts = {version: every[version] for version in arguments.host or HOSTS}
+
+    python = [sys.executable, "-m"]
+    # Stage: (command, environment). The linters have no say over a run of chosen tests.
+    stages: dict[str, tuple[list[str], dict[str, str]]] = {}
+    if not extra:
+        stages["ruff"] = ([*python, "ruff", "check", "."], {})
+        stages["mypy"] = ([*python, "mypy"], {})
+        stages["mypy, nodes"] = ([*python, "mypy", "-p", f"{_as_package()}.nodes"], {"MYPYPATH": str(STATE)})
+    if chosen := _within(paths, "tests/unit"):
+        stages["unit tests"] = ([*python, "pytest", *chosen, *options], {})
+    if chosen := _within(paths, "tests/host"):
+        for version, host in hosts.items():
+            command = [*python, "pytest", *chosen, *options]
+            stages[f"host tests, ComfyUI {version}"] = (command, {"COMFYUI_PATH": str(host)})
+
+    results = {}
+    try:
+        for title, (command, environment) in stages.items():
+            say(f"{title}: {' '.join(command[2:])}")
+            begun = time.monotonic()
+            code = subprocess.call(command, cwd=REPO, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment})
+            results[title] = (code, time.monotonic() - begun)
+    finally:
+        if os.path.lexists(PACKAGE):
+            _setup.unlink(PACKAGE)  # a link of the repository in itself is a trap for whatever walks folders
+    return _report(results, chosen=bool(extra))
+
+
+def _as_package() -> str:
+    """The name under which the repository can be imported whole, as ComfyUI does it: the nodes import relatively."""
+    STATE.mkdir(exist_ok=True)
+    if not os.path.lexists(PACKAGE):
+        _setup.make_link(PACKAGE)
+    return PACKAGE.name
+
+
+def _within(paths: list[str], folder: str) -> list[str]:
+    """Those of the chosen tests that lie in a folder: the whole folder where none were chosen."""
+    if not paths:
+        return [folder]
+    inside = []
+    for path in paths:
+        file = (REPO / path.split("::")[0]).resolve()
+        if file.is_relative_to(REPO / folder):
+            inside.append(path)
+        elif (REPO / folder).is_relative_to(file):
+            inside.append(folder)
+    return inside
+
+
+def _report(results: dict[str, tuple[int, float]], chosen: bool) -> int:
+    """Prints a line per stage. With chosen tests, a stage without any of them is no failure, unless all are."""
+    failed = [title for title, (code, _) in results.items() if code not in (0, NOTHING_COLLECTED if chosen else 0)]
+    none_ran = all(code == NOTHING_COLLECTED for code, _ in results.values())
+    print()
+    for title, (code, seconds) in results.items():
+        empty = code == NOTHING_COLLECTED and "tests" in title
+        verdict = "no tests" if empty else "passed" if code == 0 else f"FAILED (exit code {code})"
+        say(f"{title}: {verdict}, {seconds:.0f} s")
+    if none_ran:
+        say("no test fits these arguments")
+    return 1 if failed or none_ran else 0
+
+
+if __name__ == "__main__":
+    _setup.run_main(main)

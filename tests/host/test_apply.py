@@ -1,0 +1,275 @@
+"""Subjects on a MODEL in the real host: which layers fire, what strength, windows and masks do, and no leaks."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def scene(sdxl):
+    """(patched model, its CLIP, positive, negative) with one subject."""
+    model, clip = sdxl.apply(sdxl.subject())
+    return model, clip, sdxl.encode(clip, "a photo of <person> in a garden"), sdxl.encode(clip, "blurry")
+
+
+def test_all_70_layers_of_sdxl_fire(scene, fired, sdxl):
+    model, _, positive, negative = scene
+    sdxl.sample(model, positive, negative)
+    assert len(fired) == 70
+    assert all(call.delta.any() for call in fired)
+    assert {call.q[0] for call in fired} == {1}, "only the positive prompt's rows are touched"
+
+
+def test_all_16_layers_of_sd15_fire(sd15, fired):
+    model, clip = sd15.apply(sd15.subject())
+    sd15.sample(model, sd15.encode(clip, "a photo of <person>"), sd15.encode(clip, ""))
+    assert len(fired) == 16
+    assert all(call.delta.any() for call in fired)
+
+
+def test_a_subject_changes_the_picture_and_strength_0_does_not(scene, sdxl):
+    model, _, positive, negative = scene
+    stock = sdxl.encode(sdxl.clip, "a photo of person in a garden")
+    plain = sdxl.sample(sdxl.model, stock, sdxl.encode(sdxl.clip, "blurry"))
+    assert not torch.equal(sdxl.sample(model, positive, negative), plain)
+    zero, clip = sdxl.apply(sdxl.subject(), strength=0.0)
+    assert torch.equal(sdxl.sample(zero, sdxl.encode(clip, "a photo of <person> in a garden"), negative), plain)
+
+
+def test_the_model_it_came_from_is_untouched(scene, sdxl):
+    _, _, positive, negative = scene
+    before = sdxl.sample(sdxl.model, positive, negative)
+    sdxl.sample(scene[0], positive, negative)
+    assert torch.equal(sdxl.sample(sdxl.model, positive, negative), before)
+
+
+def test_runs_repeat_and_branches_do_not_see_each_other(scene, sdxl):
+    model, _, positive, negative = scene
+    first = sdxl.sample(model, positive, negative)
+    other, clip = sdxl.apply(sdxl.subject("<dog>", "dog", view=2))
+    sdxl.sample(other, sdxl.encode(clip, "a <dog>"), negative)
+    sdxl.sample(model.clone(), positive, negative)
+    assert torch.equal(sdxl.sample(model, positive, negative), first)
+
+
+@pytest.mark.parametrize("window", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
+def test_an_empty_window_is_the_plain_model(sdxl, window):
+    model, clip = sdxl.apply(sdxl.subject(), start_percent=window[0], end_percent=window[1])
+    positive, negative = sdxl.encode(clip, "<person>"), sdxl.encode(clip, "")
+    assert torch.equal(sdxl.sample(model, positive, negative), sdxl.sample(sdxl.model, positive, negative))
+
+
+def test_a_window_acts_in_its_steps_only(sdxl, fired):
+    model, clip = sdxl.apply(sdxl.subject(), start_percent=0.5)
+    sdxl.sample(model, sdxl.encode(clip, "<person>"), sdxl.encode(clip, ""), steps=4, size=(8, 8))
+    assert len(fired) == 2 * 70
+
+
+def test_strength_is_linear_in_the_sum_and_half_lies_between(sdxl):
+    pictures = []
+    for strength in (0.0, 0.5, 1.0):
+        model, clip = sdxl.apply(sdxl.subject(), strength=strength)
+        pictures.append(sdxl.sample(model, sdxl.encode(clip, "<person>"), sdxl.encode(clip, "")))
+    zero, half, full = pictures
+    assert 0 < (half - zero).norm() < (full - zero).norm()
+
+
+def test_a_mask_of_zeros_is_the_plain_model_and_ones_is_no_mask(sdxl):
+    subject = sdxl.subject()
+    plain, clip = sdxl.apply(subject)
+    positive, negative = sdxl.encode(clip, "<person>"), sdxl.encode(clip, "")
+    size = {"size": (16, 24)}
+    none, _ = sdxl.apply(subject, mask=torch.zeros(1, 128, 192))
+    full, _ = sdxl.apply(subject, mask=torch.ones(128, 192))
+    half, _ = sdxl.apply(subject, mask=torch.ones(1, 128, 192).tril())
+    untouched = sdxl.sample(sdxl.model, positive, negative, **size)
+    with_subject = sdxl.sample(plain, positive, negative, **size)
+    torch.testing.assert_close(sdxl.sample(none, positive, negative, **size), untouched, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sdxl.sample(full, positive, negative, **size), with_subject)
+    partly = sdxl.sample(half, positive, negative, **size)
+    assert 0 < (partly - untouched).norm() < 1.2 * (with_subject - untouched).norm()
+
+
+def test_a_mask_acts_where_it_is_white(sdxl, fired):
+    """On the left half only, on a grid that is not square, for a batch of two: in every layer."""
+    mask = torch.zeros(1, 128, 192)
+    mask[..., :96] = 1
+    model, clip = sdxl.apply(sdxl.subject(), mask=mask)
+    sdxl.sample(model, sdxl.encode(clip, "<person>"), sdxl.encode(clip, ""), size=(16, 24), batch=2)
+    assert len(fired) == 70
+    for call in fired:
+        grid = call.delta.abs().amax(-1).unflatten(1, {8 * 12: (8, 12), 4 * 6: (4, 6)}[call.q[1]])
+        middle = grid.shape[2] // 2
+        assert len(grid) == 2
+        assert (grid[..., :middle] > 0).all()
+        assert (grid[..., middle:] == 0).all()
+
+
+def test_layer_weights_silence_what_they_name(sdxl, fired):
+    weights = "output=0, middle=0, input.4=0.5"
+    model, clip = sdxl.apply_advanced(sdxl.subject(), layer_weights=weights)
+    sdxl.sample(model, sdxl.encode(clip, "<person>"), sdxl.encode(clip, ""))
+    assert len(fired) == 24  # input 4 and 5 with 2 each, 7 and 8 with 10 each
+
+
+def test_advanced_with_defaults_is_the_plain_node(scene, sdxl):
+    model, _, positive, negative = scene
+    advanced, _ = sdxl.apply_advanced(sdxl.subject())
+    assert torch.equal(sdxl.sample(advanced, positive, negative), sdxl.sample(model, positive, negative))
+
+
+@pytest.mark.parametrize(
+    "knob",
+    [
+        {"identity": 5.0},
+        {"focus": 3.0},
+        {"value_norm": "none"},
+        {"value_norm": "unit"},
+        {"value_norm": "match_per_head"},
+    ],
+)
+def test_every_knob_changes_the_picture(scene, sdxl, knob):
+    model, _, positive, negative = scene
+    turned, _ = sdxl.apply_advanced(sdxl.subject(), **knob)
+    got = sdxl.sample(turned, positive, negative)
+    assert got.isfinite().all()
+    assert not torch.equal(got, sdxl.sample(model, positive, negative))
+
+
+def test_two_subjects_act_at_their_own_words(pack, sdxl, fired):
+    """In either order of application, with encoders of their own, in one prompt or each in one."""
+    anna = sdxl.subject("<anna>", "woman")
+    ben = sdxl.subject("<ben>", "man", view=3, encoder=sdxl.make_encoder(1))
+
+    def both(first, second):
+        return sdxl.apply(second, *sdxl.apply(first))
+
+    model, clip = both(anna, ben)
+    positive, negative = sdxl.encode(clip, "<anna> and <ben>"), sdxl.encode(clip, "blurry")
+    together = sdxl.sample(model, positive, negative)
+    assert [len(call.terms) for call in fired] == [2] * 70
+    torch.testing.assert_close(sdxl.sample(both(ben, anna)[0], positive, negative), together, rtol=1e-4, atol=1e-4)
+
+    fired.clear()
+    only_anna, _ = sdxl.apply(anna)
+    alone = sdxl.encode(clip, "portrait of <anna>")
+    conditioned = pack.host_nodes["ConditioningCombine"]().combine(alone, sdxl.encode(clip, "portrait of <ben>"))[0]
+    sdxl.sample(model, conditioned, negative)
+    assert [len(call.terms) for call in fired] == [1] * 140
+    assert not torch.equal(sdxl.sample(only_anna, alone, negative), together)
+
+
+def test_nothing_is_kept_after_a_run(pack, scene, monkeypatch, sdxl):
+    model, _, positive, negative = scene
+    runs = []
+    original = pack.comfy._Run.load
+
+    def load(self):
+        runs.append(weakref.ref(self))
+        original(self)
+
+    monkeypatch.setattr(pack.comfy._Run, "load", load)
+    sdxl.sample(model, positive, negative)
+    gc.collect()
+    assert runs and runs[0]() is None
+    assert "patches_replace" not in model.model_options["transformer_options"]
+
+
+def test_a_failed_run_leaves_nothing_behind(pack, scene, sdxl):
+    model, _, positive, negative = scene
+    before = sdxl.sample(model, positive, negative)
+
+    def fail(*_):
+        raise RuntimeError("in the middle")
+
+    broken = model.clone()
+    broken.set_model_attn2_output_patch(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        sdxl.sample(broken, positive, negative)
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o) is pack.comfy._Run]
+    assert torch.equal(sdxl.sample(model, positive, negative), before)
+
+
+class _Add:
+    """A foreign attn2 replacement of the kind that IPAdapter and its kin leave: an object with `.add`."""
+
+    def __init__(self, amount):
+        self.amounts = [amount]
+
+    def add(self, amount):
+        self.amounts.append(amount)
+
+    def __call__(self, q, k, v, extra_options):
+        from comfy.ldm.modules.attention import optimized_attention
+
+        return optimized_attention(q, k, v, extra_options["n_heads"]) + sum(self.amounts)
+
+
+@pytest.mark.parametrize("address", [("input", 4, 1), ("input", 4)])
+def test_foreign_replacements_stay_in_the_first_term(sdxl, address):
+    """Applied before or after ours, at an address with or without the transformer's index: the same picture."""
+    subject = sdxl.subject()
+    block, number, *index = address
+
+    def foreign(model):
+        model = model.clone()
+        model.set_model_attn2_replace(_Add(0.05), block, number, *index)
+        return model
+
+    after, clip = sdxl.apply(subject)
+    after = foreign(after)
+    before, _ = sdxl.apply(subject, foreign(sdxl.model))
+    positive, negative = sdxl.encode(clip, "<person>"), sdxl.encode(clip, "")
+    picture = sdxl.sample(after, positive, negative)
+    assert torch.equal(picture, sdxl.sample(before, positive, negative))
+    assert not torch.equal(picture, sdxl.sample(foreign(sdxl.model), positive, negative))
+    assert not torch.equal(picture, sdxl.sample(sdxl.apply(subject)[0], positive, negative))
+
+
+def test_attention_override_sees_the_nested_attention(scene, sdxl):
+    model, _, positive, negative = scene
+    lengths = set()
+
+    def override(func, q, k, *args, **kwargs):
+        lengths.add(k.shape[1])
+        return func(q, k, *args, **kwargs)
+
+    model = model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    sdxl.sample(model, positive, negative)
+    assert 8 in lengths  # tokens of the subject
+    assert 77 in lengths
+
+
+@pytest.mark.parametrize(
+    ("weights", "compute"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.float8_e4m3fn, torch.float32)],
+    ids=["bf16", "fp16", "fp8 weights"],
+)
+def test_models_in_other_types(sdxl, fired, weights, compute):
+    model = sdxl.make_model(weights, compute)
+    patched, clip = sdxl.apply(model=model)
+    positive, negative = sdxl.encode(clip, "<person>"), sdxl.encode(clip, "")
+    picture = sdxl.sample(patched, positive, negative, size=(8, 8))
+    assert len(fired) == 70
+    assert {call.delta.dtype for call in fired} == {compute or weights}
+    assert picture.isfinite().all()
+    assert not torch.equal(picture, sdxl.sample(model, positive, negative, size=(8, 8)))
+
+
+def test_an_interrupted_run_leaves_nothing_behind(pack, scene, sdxl):
+    import comfy.model_management
+
+    model, _, positive, negative = scene
+    before = sdxl.sample(model, positive, negative)
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sdxl.sample(model, positive, negative)
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o) is pack.comfy._Run]
+    assert torch.equal(sdxl.sample(model, positive, negative), before)

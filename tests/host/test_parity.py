@@ -1,0 +1,117 @@
+"""The same weights and subjects in ComfyUI (nodes, stock sampler) and in diffusers predict the same noise.
+
+That is what proves the layer table: a K̈/V̈ pair at another layer's address would still give a picture.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+CHANNELS = 128
+
+
+def unet_of(family, model):
+    """diffusers' U-Net with the weights of the host's."""
+    import comfy.utils
+    from diffusers import UNet2DConditionModel
+
+    sdxl = family == "sdxl"
+    cross, plain = "CrossAttn{}Block2D", "{}Block2D"
+    kinds = [plain, cross, cross] if sdxl else [cross, cross, cross, plain]
+    config = model.model.model_config.unet_config
+    options = (
+        dict(
+            transformer_layers_per_block=[1, 2, 10],
+            attention_head_dim=CHANNELS // 64,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        if sdxl
+        else dict(attention_head_dim=8)
+    )
+    unet = UNet2DConditionModel(
+        block_out_channels=(CHANNELS,) * len(kinds),
+        down_block_types=[k.format("Down") for k in kinds],
+        up_block_types=[k.format("Up") for k in reversed(kinds)],
+        cross_attention_dim=config["context_dim"],
+        **options,
+    )
+    theirs, ours = model.model.diffusion_model.state_dict(), unet.state_dict()
+    names = comfy.utils.unet_to_diffusers(config)  # names more layers than this U-Net has
+    unet.load_state_dict({new: theirs[old] for new, old in names.items() if new in ours})
+    return unet.eval()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_predicted_noise_agrees(request, family, count):
+    from comfy.patcher_extension import WrappersMP
+
+    from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
+    from nested_core.hosts.diffusers import BoundSubject, nested_attention
+
+    studio = request.getfixturevalue(family)
+    subjects = [
+        studio.subject("<anna>", "woman", encoder=studio.make_encoder(1)),
+        studio.subject("<rex>", "golden retriever", view=1, encoder=studio.make_encoder(2)),
+    ][:count]
+    knobs = [{"strength": 1.0}, {"strength": 0.7, "focus": 1.6, "value_norm": "match_per_head", "identity": 1.2}]
+    model, clip = studio.model.clone(), studio.clip
+    for subject, knob in zip(subjects, knobs, strict=False):
+        model, clip = studio.apply_advanced(subject, model, clip, **knob)
+
+    calls = []
+
+    def watch(executor, x, timesteps, context, y, *args, **kwargs):
+        out = executor(x, timesteps, context, y, *args, **kwargs)
+        calls.append((x, timesteps, context, y, kwargs.get("transformer_options") or args[-1], out))
+        return out
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "watch", watch)
+    prompt = "<anna> with <rex>, <anna> smiles" if count == 2 else "<anna> smiles" if count else "woman smiles"
+    studio.sample(model, studio.encode(clip, prompt), studio.encode(clip, "blurry"), size=(16, 24))
+    ((x, timesteps, context, y, options, expected),) = calls
+    positive = options["cond_or_uncond"].index(0)
+
+    bound = []
+    places = {0: [], 1: [[1]], 2: [[1, 6], [3, 4]]}[count]
+    for subject, knob, at in zip(subjects, knobs, places, strict=False):
+        # diffusers uses nested_core as a package of its own: the same encoder, built there from the same weights.
+        config = subject.encoder.config
+        fields = {k: getattr(config, k) for k in config.__dataclass_fields__ if k != "resampler"}
+        shape = ResamplerShape(**{k: getattr(config.resampler, k) for k in config.resampler.__dataclass_fields__})
+        module = NestedEncoder.from_config(EncoderConfig(**fields, resampler=shape))
+        module.load_state_dict(subject.encoder.module.state_dict())
+        bound.append(
+            BoundSubject(
+                module,
+                subject.subject.tokens,
+                at,
+                (positive, positive + 1),
+                strength=knob["strength"],
+                focus=knob.get("focus", 1.0),
+                value_norm=knob.get("value_norm"),
+                alpha=knob.get("identity"),
+            )
+        )
+    unet = unet_of(family, studio.model)
+    before = copy.copy(unet.attn_processors)
+    extra = {}
+    if family == "sdxl":
+        time_ids = torch.tensor([[128.0, 192.0, 0.0, 0.0, 128.0, 192.0]]).expand(len(x), -1)
+        extra = {"added_cond_kwargs": {"text_embeds": y[:, :1280], "time_ids": time_ids}}
+    with torch.no_grad(), nested_attention(unet, bound):
+        got = unet(x, timesteps, encoder_hidden_states=context, **extra).sample
+        assert count == 0 or unet.attn_processors != before
+    assert unet.attn_processors == before
+
+    assert (got - expected).norm() / expected.norm() < 1e-4
+    if count:  # and the subjects are what makes them agree
+        with torch.no_grad():
+            without = unet(x, timesteps, encoder_hidden_states=context, **extra).sample
+        assert (without - expected).norm() / expected.norm() > 1e-3
