@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .encoder import EncoderConfig, NestedEncoder, ResamplerShape
 from .errors import NestedAttentionError
-from .layers import DIFFUSERS_ORDER, EXECUTION_ORDER, FAMILIES, Family, compress
+from .layers import DIFFUSERS_ORDER, EXECUTION_ORDER, PUBLISHED, Family, compress
 
 log = logging.getLogger(__name__)
 
@@ -478,7 +478,7 @@ _ORIGINAL_PLACE = re.compile(
 )
 _VALUE_FOR_KEY = {"k": "v", "key": "value", "keys": "values", "wk": "wv", "kproj": "vproj"}
 _KEY_FOR_VALUE = {value: key for key, value in _VALUE_FOR_KEY.items()}
-_BY_ORIGINAL_NAME = {layer.original: layer.diffusers for family in FAMILIES.values() for layer in family.layers()}
+_BY_ORIGINAL_NAME = {layer.original: layer.diffusers for family in PUBLISHED.values() for layer in family.layers()}
 
 
 def _find_layers(tensors: State, projection: _Projection) -> _Layers:
@@ -488,7 +488,7 @@ def _find_layers(tensors: State, projection: _Projection) -> _Layers:
     """
     taken = set(projection.names.values())
     schemes = _schemes(key for key, tensor in tensors.items() if tensor.ndim == 2 and key not in taken)
-    counts = {len(family.layers()): family for family in FAMILIES.values()}
+    counts = {len(family.layers()): family for family in PUBLISHED.values()}
     complete = [name for name, places in schemes.items() if sum(map(_is_pair, places.values())) in counts]
     if not complete:
         raise NestedAttentionError(_incomplete(tensors, schemes))
@@ -619,7 +619,7 @@ def _check_pairs(tensors: State, pairs: list[_Pair], projection: _Projection) ->
 
 def _incomplete(tensors: State, schemes: dict[str, dict[_Place, dict[str, str]]]) -> str:
     """Why no complete set of layers was found."""
-    full = " or ".join(f"{len(family.layers())} ({family.title})" for family in FAMILIES.values())
+    full = " or ".join(f"{len(family.layers())} ({family.title})" for family in PUBLISHED.values())
     ranked = sorted(schemes.items(), key=lambda item: (sum(map(_is_pair, item[1].values())), len(item[1])))
     if not ranked:
         return f"The file has an image projection but no key / value layers; expected {full} pairs. {_refusal(tensors)}"
@@ -632,7 +632,7 @@ def _incomplete(tensors: State, schemes: dict[str, dict[_Place, dict[str, str]]]
     return (
         f"Expected {full} pairs of key / value layers, found {len(pairs)}, from {keys[0]} to {keys[-1]}, of widths "
         f"{compress([tensors[key].shape[0] for key in keys])}. Known sequences: "
-        + "; ".join(f"{family.title}: {family.describe_orders()}" for family in FAMILIES.values())
+        + "; ".join(f"{family.title}: {family.describe_orders()}" for family in PUBLISHED.values())
         + "."
     )
 

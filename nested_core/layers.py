@@ -1,4 +1,4 @@
-"""The cross-attention layers of SDXL and SD 1.5: their order in encoder files, and where the host calls them.
+"""The cross-attention layers of SDXL, SD 1.5 and the small world: their order in encoder files, and where the host calls them.
 
 A nested attention encoder has one pair (W_K̈, W_V̈) per cross-attention layer (arXiv 2501.01407, section 3). Files
 list the layers in the order of diffusers' attention processors: down blocks, up blocks, middle block. ComfyUI reports
@@ -108,7 +108,7 @@ class Family:
     """A U-Net architecture: which cross-attention layers it has, whatever the width of each level.
 
     `context_dim` is the width of the text tokens its cross-attention reads; `channels` are the levels' widths in the
-    published models, the depths as in `unet_layers`.
+    published models, the depths and `res_blocks` as in `unet_layers`.
     """
 
     name: str
@@ -118,13 +118,15 @@ class Family:
     depth_down: tuple[int, ...]
     depth_up: tuple[int, ...]
     depth_middle: int
+    res_blocks: int = 2
 
     def layers(self, widths_per_level: Sequence[int] | None = None) -> tuple[CrossAttentionLayer, ...]:
         """The layers in diffusers' order, at the published widths or, for a narrow U-Net, at `widths_per_level`.
 
         Raises NestedAttentionError when `widths_per_level` has another number of levels than the family.
         """
-        return unet_layers(widths_per_level or self.channels, self.depth_down, self.depth_up, self.depth_middle)
+        channels = widths_per_level or self.channels
+        return unet_layers(channels, self.depth_down, self.depth_up, self.depth_middle, self.res_blocks)
 
     def widths(self, widths_per_level: Sequence[int] | None = None) -> tuple[int, ...]:
         """Channels of each layer, in diffusers' order."""
@@ -142,7 +144,7 @@ class Family:
         The inverse of `widths`. Levels without cross-attention (SDXL's first) can't be told from the layers and are
         given the published width, or that of the next level in a U-Net narrower than that.
         """
-        slots = _slots(self.depth_down, self.depth_up, self.depth_middle, 2)
+        slots = _slots(self.depth_down, self.depth_up, self.depth_middle, self.res_blocks)
         if len(slots) != len(widths):
             return None
         found: dict[int, int] = {}
@@ -199,11 +201,24 @@ SD15 = Family(
     depth_up=(1, 1, 1, 0),
     depth_middle=1,
 )
-FAMILIES: dict[str, Family] = {family.name: family for family in (SDXL, SD15)}
+SMALL_WORLD = Family(
+    name="small_world",
+    title="Small World",
+    context_dim=128,
+    channels=(64, 128),
+    depth_down=(1, 1),
+    depth_up=(1, 1),
+    depth_middle=1,
+    res_blocks=1,
+)
+"""The model that `demo/` trains from scratch, small enough for a CPU: where the method is measured."""
+PUBLISHED: dict[str, Family] = {family.name: family for family in (SDXL, SD15)}
+"""The families that files of other projects are for."""
+FAMILIES: dict[str, Family] = {**PUBLISHED, SMALL_WORLD.name: SMALL_WORLD}
 
 
 def family_of(name: str) -> Family:
-    """The family of that name ("sdxl" or "sd15").
+    """The family of that name ("sdxl", "sd15" or "small_world").
 
     Raises NestedAttentionError for any other name.
     """

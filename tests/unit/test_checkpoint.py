@@ -21,7 +21,7 @@ from nested_core.checkpoint import fingerprint, identify, load_encoder, read_enc
 from nested_core.convert import main as convert
 from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
 from nested_core.errors import NestedAttentionError
-from nested_core.layers import DIFFUSERS_ORDER, EXECUTION_ORDER, FAMILIES, SD15, SDXL, Family, family_of
+from nested_core.layers import DIFFUSERS_ORDER, EXECUTION_ORDER, PUBLISHED, SD15, SDXL, Family, family_of
 
 State = dict[str, Tensor]
 
@@ -286,7 +286,7 @@ def test_layers_in_execution_order_end_up_where_they_belong(config: EncoderConfi
     assert_same(state, wanted)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+@pytest.mark.parametrize("family", PUBLISHED.values(), ids=list(PUBLISHED))
 def test_equal_widths_are_taken_in_diffusers_order_and_said_so(family: Family) -> None:
     wanted = weights(replace(TINY, family=family.name, widths=(8,) * len(family.layers())))
     config, state = identify(foreign(wanted))

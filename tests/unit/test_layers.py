@@ -35,9 +35,18 @@ UNETS = {
         "attention_head_dim": 8,
         "cross_attention_dim": 768,
     },
+    "small_world": {
+        "block_out_channels": (64, 128),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": [2, 4],
+        "cross_attention_dim": 128,
+        "use_linear_projection": True,
+    },
 }
-BLOCKS = {"sdxl": (9, 9), "sd15": (12, 12)}
-both = pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+BLOCKS = {"sdxl": (9, 9), "sd15": (12, 12), "small_world": (4, 4)}
+every = pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -59,7 +68,7 @@ def test_layers_are_diffusers_processors_in_their_order(
         assert (to_k.out_features, to_k.in_features) == (layer.width, family.context_dim)
 
 
-@both
+@every
 def test_original_names_convert_to_the_diffusers_names(family: Family) -> None:
     layers = family.layers()
     inputs, outputs = BLOCKS[family.name]
@@ -69,7 +78,7 @@ def test_original_names_convert_to_the_diffusers_names(family: Family) -> None:
         original[f"{block}.0.in_layers.0.weight"] = torch.tensor(-1)
     original |= {f"middle_block.{i}.in_layers.0.weight": torch.tensor(-1) for i in (0, 2)}
     checkpoint = {f"model.diffusion_model.{key}": value for key, value in original.items()}
-    converted = convert_ldm_unet_checkpoint(checkpoint, {"layers_per_block": 2})
+    converted = convert_ldm_unet_checkpoint(checkpoint, {"layers_per_block": family.res_blocks})
     assert {key: value.item() for key, value in converted.items() if "attn2" in key} == {
         f"{layer.diffusers}.to_k.weight": layer.index for layer in layers
     }
@@ -99,7 +108,7 @@ def test_sequences_of_the_published_widths() -> None:
     )
 
 
-@both
+@every
 def test_order_is_told_by_the_published_widths(family: Family) -> None:
     widths = family.widths()
     count = len(widths)
@@ -112,14 +121,14 @@ def test_order_is_told_by_the_published_widths(family: Family) -> None:
     assert kinds == sorted(kinds, key=["input", "middle", "output"].index)
 
 
-@both
+@every
 def test_equal_widths_fit_both_orders_and_diffusers_is_taken(family: Family) -> None:
     narrow = [32] * len(family.layers())
     assert family.is_ambiguous(narrow)
     assert family.order_of(narrow) == (DIFFUSERS_ORDER, tuple(range(len(narrow))))
 
 
-@both
+@every
 def test_no_order_fits_shuffled_or_missing_layers(family: Family) -> None:
     widths = list(family.widths())
     assert family.order_of(widths[:-1]) is None
@@ -128,7 +137,7 @@ def test_no_order_fits_shuffled_or_missing_layers(family: Family) -> None:
     assert not family.is_ambiguous(widths[:-1])
 
 
-@both
+@every
 @given(data=st.data())
 def test_levels_are_read_back_from_widths(family: Family, data: st.DataObject) -> None:
     levels = tuple(data.draw(st.sampled_from([8, 16, 320])) for _ in family.channels)
