@@ -48,26 +48,27 @@ Attend = Callable[[Tensor, Tensor, Tensor, int, "Tensor | None"], Tensor]
 
 @dataclass(frozen=True)
 class NestedTerm:
-    """One subject in one cross-attention layer, for batch rows that share the bound places.
+    """One subject in one cross-attention layer: the same one in all batch rows, or another one in each.
 
     Attributes:
         key, value: K̈ and V̈ of the subject in this layer, (1 or B, N, C).
-        places: indexes of the bound tokens on the text axis, int64 (P,), on the device of the layer.
+        places: indexes of the bound tokens on the text axis, int64, on the device of the layer: (P,) for all rows, or
+            (B, P), where -1 fills up rows with fewer places.
         strength: w; 1 is the paper, 0 adds nothing.
-        alpha: α of equation (4); unused with `value_norm="none"`.
+        alpha: α of equation (4), a number or, in training, a scalar tensor; unused with `value_norm="none"`.
         value_norm: what equation (4) measures. "match": α·‖V[s]‖ over all channels; "match_per_head": the same
             within each head; "unit": α itself, per head; "none": v* as it comes.
         focus: weight of the bound token's logit, applied only where it raises it; 1 leaves the softmax alone.
         spatial: factor on `strength` per query, (1 or B, Q), or None for 1 everywhere.
-        log_weights: logarithm of each subject token's multiplicity in the nested softmax, (N,), or None for equal
-            ones. A token of multiplicity 2 counts as if it stood there twice.
+        log_weights: logarithm of each subject token's multiplicity in the nested softmax, (N,) or (B, N), or None for
+            equal ones. A token of multiplicity 2 counts as if it stood there twice, one of 0 (-inf) as if it did not.
     """
 
     key: Tensor
     value: Tensor
     places: Tensor
     strength: float = 1.0
-    alpha: float = 2.0
+    alpha: float | Tensor = 2.0
     value_norm: ValueNorm = "match"
     focus: float = 1.0
     spatial: Tensor | None = None
@@ -104,7 +105,9 @@ def _statistics(x: Tensor) -> torch.dtype:
 
 
 def outer_probabilities(q: Tensor, k: Tensor, heads: int, places: Tensor) -> Tensor:
-    """a_s(q): the outer attention's probability of the tokens at `places` (P,); returns fp32 (B, H, Q, P).
+    """a_s(q): the outer attention's probability of the tokens at `places`, (P,) or (B, P); fp32 (B, H, Q, P).
+
+    A place of -1 has the probability 0.
 
     Attention over one-hot values *is* the probability. It runs in the fused kernels, whose softmax statistics are
     fp32 for every input type, and never builds the (B, H, Q, T) matrix.
@@ -113,11 +116,21 @@ def outer_probabilities(q: Tensor, k: Tensor, heads: int, places: Tensor) -> Ten
     head_dim, tokens = qh.shape[-1], kh.shape[-2]
     columns = []
     # Kernels want values as wide as keys: that many places per call. One call in practice.
-    for part in places.split(head_dim):
-        one_hot = torch.arange(tokens, device=k.device)[:, None] == F.pad(part, (0, head_dim - len(part)), value=-1)
+    for part in places.split(head_dim, dim=-1):
+        padded = F.pad(part, (0, head_dim - part.shape[-1]), value=-1)
+        one_hot = torch.arange(tokens, device=k.device)[:, None] == padded[..., None, :]  # (T, d) or (B, T, d)
+        if places.ndim == 2:
+            one_hot = one_hot[:, None]
         values = one_hot.to(k.dtype).expand(*kh.shape[:2], -1, -1)
-        columns.append(F.scaled_dot_product_attention(qh, kh, values)[..., : len(part)])
+        columns.append(F.scaled_dot_product_attention(qh, kh, values)[..., : part.shape[-1]])
     return torch.cat(columns, dim=-1).to(_statistics(q))
+
+
+def _at(x: Tensor, places: Tensor) -> Tensor:
+    """x (B, T, C) at `places` (P,) or (B, P) -> (B, P, C). What stands at a place of -1 has no meaning."""
+    if places.ndim == 1:
+        return x.index_select(1, places)
+    return x.gather(1, places.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _value_scale(term: NestedTerm, nested: Tensor, replaced: Tensor, heads: int) -> Tensor:
@@ -159,8 +172,11 @@ def nested_delta(
     Returns:
         (B, Q, C) in q's type, to be added to the layer's own attention output, before its output projection.
     """
-    places = torch.cat([term.places for term in terms])
-    counts = [len(term.places) for term in terms]
+    every = [term.places for term in terms]
+    if any(places.ndim == 2 for places in every):
+        every = [places.expand(q.shape[0], -1) for places in every]
+    places = torch.cat(every, dim=-1)
+    counts = [term.places.shape[-1] for term in terms]
     prob = outer_probabilities(q, k, heads, places)  # a_s, (B, H, Q, P)
 
     # w per place: strength times the spatial weight, broadcastable to (B, H, Q, P).
@@ -174,8 +190,10 @@ def nested_delta(
     if all(term.focus == 1 for term in terms):
         raised, remainder, delta = prob, None, None
     else:
-        qh, kh = (split_heads(x, heads).to(prob.dtype) for x in (q, k.index_select(1, places)))
+        qh, kh = (split_heads(x, heads).to(prob.dtype) for x in (q, _at(k, places)))
         logits = qh @ kh.transpose(-1, -2) * qh.shape[-1] ** -0.5  # l_s, (B, H, Q, P)
+        if places.ndim == 2:
+            logits = logits.masked_fill((places < 0)[:, None, None], 0)
         gain = torch.cat(
             [
                 torch.exp(weight * torch.relu((term.focus - 1) * part))
@@ -195,9 +213,10 @@ def nested_delta(
         key, value = (x.expand(q.shape[0], -1, -1) for x in (term.key, term.value))
         mask = None
         if term.log_weights is not None:
-            mask = term.log_weights.to(q.dtype).expand(q.shape[0], q.shape[1], -1)
+            mask = term.log_weights.to(q.dtype)
+            mask = (mask if mask.ndim == 1 else mask[:, None]).expand(q.shape[0], q.shape[1], -1)
         nested = attend(q, key, value, heads, mask)  # (1), (B, Q, C)
-        replaced = v.index_select(1, term.places)  # V[s], (B, P, C)
+        replaced = _at(v, term.places)  # V[s], (B, P, C)
 
         swap = raised[..., here] * weight  # a'_s w
         gained = (swap * _value_scale(term, nested, replaced, heads)).sum(-1, keepdim=True)  # (4), (B, H, Q, 1)

@@ -16,7 +16,7 @@ import pickle
 import re
 import secrets
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +28,13 @@ from torch import Tensor, nn
 
 from .encoder import EncoderConfig, NestedEncoder, ResamplerShape
 from .errors import NestedAttentionError
-from .layers import DIFFUSERS_ORDER, EXECUTION_ORDER, PUBLISHED, Family, compress
+from .layers import DIFFUSERS_ORDER, EXECUTION_ORDER, FAMILIES, PUBLISHED, Family, compress
 
 log = logging.getLogger(__name__)
 
 FORMAT = "nested_attention.encoder"
+BASELINE = "nested_attention.decoupled_baseline"
+"""What the training code marks encoders of its decoupled baseline with."""
 VERSION = 1
 DIM_HEAD = 64
 """Channels per head of every known resampler; a file can't tell, only our own metadata says otherwise."""
@@ -112,7 +114,7 @@ def identify(
     said = _own_metadata(metadata or {})
     tensors = dict(_flatten(state_dict))
     projection = _find_projection(tensors)
-    layers = _find_layers(tensors, projection)
+    layers = _find_layers(tensors, projection, _families(said))
     _check_rest(tensors, projection, layers)
 
     config = _configure(tensors, projection, layers, said)
@@ -164,9 +166,17 @@ def write_encoder(path: str | os.PathLike[str], encoder: NestedEncoder, *, keep_
 
 
 def write_state(
-    path: str | os.PathLike[str], config: EncoderConfig, state: Mapping[str, Tensor], *, keep_fingerprint: bool = False
+    path: str | os.PathLike[str],
+    config: EncoderConfig,
+    state: Mapping[str, Tensor],
+    *,
+    keep_fingerprint: bool = False,
+    form: str = FORMAT,
 ) -> None:
-    """`write_encoder` for a config and state dict as `read_encoder` returns them, without building the module."""
+    """`write_encoder` for a config and state dict as `read_encoder` returns them, without building the module.
+
+    Another `form` marks weights of the same structure that are no nested attention encoder: reading refuses them.
+    """
     if not (keep_fingerprint and config.fingerprint):
         config = replace(config, fingerprint=fingerprint(state))
     tensors = {_file_name(name): tensor.detach().contiguous() for name, tensor in state.items()}
@@ -176,7 +186,7 @@ def write_state(
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata=_metadata_of(config))
+        save_file(tensors, temporary, metadata={**_metadata_of(config), "format": form})
         temporary.chmod(mode)  # safetensors makes files private; a model folder may be shared
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -223,6 +233,11 @@ def _own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     if kind == "nested_attention.subject":
         raise NestedAttentionError(
             "This is a saved subject, not an encoder. Open it with Load Subject, which takes the encoder beside it."
+        )
+    if kind == BASELINE:
+        raise NestedAttentionError(
+            "This is an encoder that was trained for decoupled attention, to compare with. It is bound to no word, and "
+            'the nodes do not run it. Load one that was trained with the method "nested".'
         )
     if kind != FORMAT:
         raise NestedAttentionError(f'Expected a file of format "{FORMAT}", got "{kind}".')
@@ -339,7 +354,7 @@ def _number(said: dict[str, str], name: str, default: int) -> int:
 
 
 def _base_model(family: Family) -> str:
-    return {"sdxl": "SDXL 1.0", "sd15": "SD 1.5"}[family.name]
+    return {"sdxl": "SDXL 1.0", "sd15": "SD 1.5"}.get(family.name, family.title)
 
 
 def _is_public_release(config: EncoderConfig) -> bool:
@@ -481,17 +496,22 @@ _KEY_FOR_VALUE = {value: key for key, value in _VALUE_FOR_KEY.items()}
 _BY_ORIGINAL_NAME = {layer.original: layer.diffusers for family in PUBLISHED.values() for layer in family.layers()}
 
 
-def _find_layers(tensors: State, projection: _Projection) -> _Layers:
-    """The pairs of K̈ / V̈ layers in diffusers' order.
+def _families(said: Mapping[str, str]) -> dict[int, Family]:
+    """The families that a file can be for, by number of layers: the published ones, and the one our metadata names."""
+    families = [*PUBLISHED.values(), *([FAMILIES[said["family"]]] if said.get("family") in FAMILIES else [])]
+    return {len(family.layers()): family for family in families}
+
+
+def _find_layers(tensors: State, projection: _Projection, counts: dict[int, Family]) -> _Layers:
+    """The pairs of K̈ / V̈ layers in diffusers' order, as many as a family of `counts` has.
 
     Raises NestedAttentionError when there are none, or their number, partners, shapes or order don't add up.
     """
     taken = set(projection.names.values())
     schemes = _schemes(key for key, tensor in tensors.items() if tensor.ndim == 2 and key not in taken)
-    counts = {len(family.layers()): family for family in PUBLISHED.values()}
     complete = [name for name, places in schemes.items() if sum(map(_is_pair, places.values())) in counts]
     if not complete:
-        raise NestedAttentionError(_incomplete(tensors, schemes))
+        raise NestedAttentionError(_incomplete(tensors, schemes, counts.values()))
     best = max(map(_preference, complete))
     chosen = [name for name in complete if _preference(name) == best]
     if len(chosen) > 1:
@@ -617,9 +637,11 @@ def _check_pairs(tensors: State, pairs: list[_Pair], projection: _Projection) ->
         )
 
 
-def _incomplete(tensors: State, schemes: dict[str, dict[_Place, dict[str, str]]]) -> str:
+def _incomplete(
+    tensors: State, schemes: dict[str, dict[_Place, dict[str, str]]], families: Collection[Family]
+) -> str:
     """Why no complete set of layers was found."""
-    full = " or ".join(f"{len(family.layers())} ({family.title})" for family in PUBLISHED.values())
+    full = " or ".join(f"{len(family.layers())} ({family.title})" for family in families)
     ranked = sorted(schemes.items(), key=lambda item: (sum(map(_is_pair, item[1].values())), len(item[1])))
     if not ranked:
         return f"The file has an image projection but no key / value layers; expected {full} pairs. {_refusal(tensors)}"
@@ -632,7 +654,7 @@ def _incomplete(tensors: State, schemes: dict[str, dict[_Place, dict[str, str]]]
     return (
         f"Expected {full} pairs of key / value layers, found {len(pairs)}, from {keys[0]} to {keys[-1]}, of widths "
         f"{compress([tensors[key].shape[0] for key in keys])}. Known sequences: "
-        + "; ".join(f"{family.title}: {family.describe_orders()}" for family in PUBLISHED.values())
+        + "; ".join(f"{family.title}: {family.describe_orders()}" for family in families)
         + "."
     )
 

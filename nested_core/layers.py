@@ -1,4 +1,4 @@
-"""The cross-attention layers of SDXL, SD 1.5 and the small world: their order in encoder files, and where the host calls them.
+"""The cross-attention layers of the U-Nets: their order in encoder files, and where the host calls them.
 
 A nested attention encoder has one pair (W_K̈, W_V̈) per cross-attention layer (arXiv 2501.01407, section 3). Files
 list the layers in the order of diffusers' attention processors: down blocks, up blocks, middle block. ComfyUI reports

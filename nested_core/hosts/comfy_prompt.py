@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.sd
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NestedAttentionError
-from ..subject import is_plain_word
+from ..prompt import Placeholder, PromptReader, locate
 
 CONDITIONING_KEY = "nested_attention"
 
@@ -37,28 +35,6 @@ CONDITIONING_KEY = "nested_attention"
 Places = dict[str, tuple[int, ...]]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Placeholder:
-    """A word of the prompt that stands for a subject.
-
-    text: as written in prompts. class_word: what the text encoder reads instead. pooled: take SDXL's pooled text
-    vector at this token instead of the end of the text (DESIGN: the encoder's `pooled` = "placeholder").
-    """
-
-    text: str
-    class_word: str
-    pooled: bool = False
-
-    @property
-    def key(self) -> str:
-        """How the placeholder is compared: text encoders do not see case either."""
-        return self.text.lower()
-
-    def reads_as(self, written: str) -> str:
-        """What the text encoder gets for `written`, an occurrence of this placeholder in a prompt."""
-        return written if is_plain_word(self.text) else self.class_word
 
 
 class BoundToken(int):
@@ -75,31 +51,12 @@ class BoundToken(int):
         return BoundToken, (int(self), self.placeholder)
 
 
-def _pattern(placeholders: Iterable[Placeholder]) -> re.Pattern[str]:
-    """Occurrences of any placeholder, a group for each; plain words only as whole words."""
-    alternatives = []
-    for p in placeholders:
-        escaped = re.escape(p.text)
-        alternatives.append(rf"((?<!\w){escaped}(?!\w))" if is_plain_word(p.text) else f"({escaped})")
-    return re.compile("|".join(alternatives), re.IGNORECASE)
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n
-
-
 class _BindingTokenizer:
     """Stands in for a Hugging Face tokenizer inside the host's SDTokenizer: ids of placeholders come out bound."""
 
     def __init__(self, inner: Any, placeholders: tuple[Placeholder, ...], lead: int, trail: int) -> None:
         self.inner = inner
-        self.placeholders = sorted(placeholders, key=lambda p: len(p.text), reverse=True)  # the longest wins
-        self.pattern = _pattern(self.placeholders)
+        self.reader = PromptReader(placeholders)
         self.lead = lead  # special tokens the inner tokenizer puts before the text
         self.trail = trail  # and after it
 
@@ -113,35 +70,15 @@ class _BindingTokenizer:
         return ids[self.lead : len(ids) - self.trail]
 
     def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(text, str) or self.pattern.search(text) is None:
+        if not isinstance(text, str) or not self.reader.mentions_any(text):
             return self.inner(text, *args, **kwargs)
 
-        read = ""  # the text the encoder reads
-        spans: list[tuple[int, int, str]] = []  # start, end and placeholder of each subject in it
-        end = 0
-        for match in self.pattern.finditer(text):
-            assert match.lastindex is not None  # every alternative is a group
-            placeholder = self.placeholders[match.lastindex - 1]
-            between = text[end : match.start()]
-            # Two placeholders side by side stay two words.
-            read += between or (" " if spans else "")
-            word = placeholder.reads_as(match.group())
-            spans.append((len(read), len(read) + len(word), placeholder.text))
-            read += word
-            end = match.end()
-        read += text[end:]
-
-        encoded = self.inner(read, *args, **kwargs)
+        reading = self.reader.read(text)
+        encoded = self.inner(reading.text, *args, **kwargs)
         ids = list(encoded["input_ids"])
         body = ids[self.lead : len(ids) - self.trail]
-        for start, stop, placeholder_text in spans:
-            # A word's tokens are those that neither the text before nor the text after it accounts for. Where the
-            # word is glued to its neighbours ("<person>s"), that is the whole glued word.
-            first = _common_prefix(self._ids(read[:start]), body)
-            last = len(body) - _common_prefix(self._ids(read[stop:])[::-1], body[::-1])
-            for i in range(first, max(first, last)):
-                if not isinstance(body[i], BoundToken):
-                    body[i] = BoundToken(body[i], placeholder_text)
+        for i, placeholder in locate(reading, body, self._ids).items():
+            body[i] = BoundToken(body[i], placeholder)
         encoded["input_ids"] = ids[: self.lead] + body + ids[len(ids) - self.trail :]
         return encoded
 

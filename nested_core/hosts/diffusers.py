@@ -18,26 +18,26 @@ import torch
 from torch import Tensor
 
 from ..attention import NestedTerm, ValueNorm, nested_delta, scaled_dot_product
-from ..encoder import NestedEncoder
+from ..encoder import EncoderConfig, NestedEncoder
 from ..errors import NestedAttentionError
 from ..layers import family_of
 
 
 @dataclass(eq=False)
 class BoundSubject:
-    """A subject in some rows of a batch, all of which have it at the same places of their text.
+    """A subject in some rows of a batch, or one in each of them.
 
     encoder: whose K̈ and V̈ layers it goes through. tokens: x, (1 or rows, N, C). places: indexes of its tokens on the
-    text axis. rows: the batch rows from start to before stop, None for all. alpha and value_norm are the encoder's
-    unless given; the rest as in `NestedTerm`.
+    text axis, the same in all rows, or (rows, P) with -1 to fill up. rows: the batch rows from start to before stop,
+    None for all. alpha and value_norm are the encoder's unless given; the rest as in `NestedTerm`.
     """
 
     encoder: NestedEncoder
     tokens: Tensor
-    places: Sequence[int]
+    places: Sequence[int] | Tensor
     rows: tuple[int, int] | None = None
     strength: float = 1.0
-    alpha: float | None = None
+    alpha: float | Tensor | None = None
     value_norm: ValueNorm | None = None
     focus: float = 1.0
     log_weights: Tensor | None = None
@@ -115,30 +115,41 @@ class NestedAttnProcessor:
         return grouped
 
 
+def cross_attention(unet: Any) -> list[str]:
+    """Names of the U-Net's cross-attention modules, in the order of its processors."""
+    return [n.removesuffix(".processor") for n in unet.attn_processors if n.endswith("attn2.processor")]
+
+
+def check_fits(unet: Any, config: EncoderConfig) -> None:
+    """Raises NestedAttentionError when the U-Net's layers are not those that an encoder was made for."""
+    names = cross_attention(unet)
+    family = family_of(config.family)
+    expected = [layer.diffusers for layer in family.layers()]
+    if names != expected:
+        raise NestedAttentionError(
+            f"The encoder is for {family.title}, with {len(expected)} cross-attention layers; this U-Net has "
+            f"{len(names)}. Use the U-Net of an {family.title} model."
+        )
+    widths = tuple(unet.get_submodule(name).to_k.out_features for name in names)
+    if widths != config.widths:
+        raise NestedAttentionError(
+            f"The encoder's layers are {sorted(set(config.widths))} wide, this {family.title} U-Net's "
+            f"{sorted(set(widths))}. Use the base model that the encoder was trained on."
+        )
+
+
 @contextmanager
 def nested_attention(unet: Any, subjects: Sequence[BoundSubject]) -> Iterator[None]:
     """While the block runs, `unet`'s cross-attention has `subjects`; before and after it has the same processors.
 
+    The list may be changed meanwhile; a backward pass with gradient checkpointing still needs what its forward had.
+
     Raises NestedAttentionError when the U-Net's layers are not those that the subjects' encoders were made for.
     """
-    before = dict(unet.attn_processors)
-    names = [name.removesuffix(".processor") for name in before if name.endswith("attn2.processor")]
     for subject in subjects:
-        config = subject.encoder.config
-        family = family_of(config.family)
-        expected = [layer.diffusers for layer in family.layers()]
-        if names != expected:
-            raise NestedAttentionError(
-                f"The encoder is for {family.title}, with {len(expected)} cross-attention layers; this U-Net has "
-                f"{len(names)}. Use the U-Net of an {family.title} model."
-            )
-        widths = tuple(unet.get_submodule(name).to_k.out_features for name in names)
-        if widths != config.widths:
-            raise NestedAttentionError(
-                f"The encoder's layers are {sorted(set(config.widths))} wide, this {family.title} U-Net's "
-                f"{sorted(set(widths))}. Use the base model that the encoder was trained on."
-            )
-    nested = {f"{name}.processor": NestedAttnProcessor(i, subjects) for i, name in enumerate(names)}
+        check_fits(unet, subject.encoder.config)
+    before = dict(unet.attn_processors)
+    nested = {f"{name}.processor": NestedAttnProcessor(i, subjects) for i, name in enumerate(cross_attention(unet))}
     unet.set_attn_processor({**before, **nested})
     try:
         yield

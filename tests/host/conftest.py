@@ -24,7 +24,7 @@ def _import_host(base: Path) -> None:
     # The host goes first: the repository's own `nodes` package must not hide the host's module of that name.
     sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != REPO]
     sys.path.insert(0, str(HOST))
-    sys.path += [str(REPO / "scripts"), str(REPO)]
+    sys.path += [str(REPO / "scripts"), str(REPO / "demo"), str(REPO)]
     from comfy.cli_args import args
 
     args.base_directory = str(base)
@@ -204,6 +204,39 @@ class Studio:
         node = self.pack.nodes["NestedEncodeSubject"]
         image = self.photo.roll(view * 40, 2)
         return node.execute(encoder or self.encoder, self.clip_vision, image, placeholder, class_word, "crop")[0]
+
+    def diffusers_unet(self):
+        """diffusers' U-Net with the weights of this model."""
+        import comfy.utils
+        from diffusers import UNet2DConditionModel
+
+        sdxl = self.family == "sdxl"
+        cross, plain = "CrossAttn{}Block2D", "{}Block2D"
+        kinds = [plain, cross, cross] if sdxl else [cross, cross, cross, plain]
+        config = self.model.model.model_config.unet_config
+        options = (
+            dict(
+                transformer_layers_per_block=[1, 2, 10],
+                attention_head_dim=CHANNELS // 64,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816,
+            )
+            if sdxl
+            else dict(attention_head_dim=8)
+        )
+        unet = UNet2DConditionModel(
+            block_out_channels=(CHANNELS,) * len(kinds),
+            down_block_types=[k.format("Down") for k in kinds],
+            up_block_types=[k.format("Up") for k in reversed(kinds)],
+            cross_attention_dim=config["context_dim"],
+            **options,
+        )
+        theirs, ours = self.model.model.diffusion_model.state_dict(), unet.state_dict()
+        names = comfy.utils.unet_to_diffusers(config)  # names more layers than this U-Net has
+        unet.load_state_dict({new: theirs[old] for new, old in names.items() if new in ours})
+        return unet.eval()
 
     def apply(self, subject=None, model=None, clip=None, **inputs):
         """(model, clip) after Apply Subject; its inputs have their defaults unless given."""

@@ -10,42 +10,6 @@ import copy
 import pytest
 import torch
 
-CHANNELS = 128
-
-
-def unet_of(family, model):
-    """diffusers' U-Net with the weights of the host's."""
-    import comfy.utils
-    from diffusers import UNet2DConditionModel
-
-    sdxl = family == "sdxl"
-    cross, plain = "CrossAttn{}Block2D", "{}Block2D"
-    kinds = [plain, cross, cross] if sdxl else [cross, cross, cross, plain]
-    config = model.model.model_config.unet_config
-    options = (
-        dict(
-            transformer_layers_per_block=[1, 2, 10],
-            attention_head_dim=CHANNELS // 64,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-        if sdxl
-        else dict(attention_head_dim=8)
-    )
-    unet = UNet2DConditionModel(
-        block_out_channels=(CHANNELS,) * len(kinds),
-        down_block_types=[k.format("Down") for k in kinds],
-        up_block_types=[k.format("Up") for k in reversed(kinds)],
-        cross_attention_dim=config["context_dim"],
-        **options,
-    )
-    theirs, ours = model.model.diffusion_model.state_dict(), unet.state_dict()
-    names = comfy.utils.unet_to_diffusers(config)  # names more layers than this U-Net has
-    unet.load_state_dict({new: theirs[old] for new, old in names.items() if new in ours})
-    return unet.eval()
-
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])
@@ -99,7 +63,7 @@ def test_predicted_noise_agrees(request, family, count):
                 alpha=knob.get("identity"),
             )
         )
-    unet = unet_of(family, studio.model)
+    unet = studio.diffusers_unet()
     before = copy.copy(unet.attn_processors)
     extra = {}
     if family == "sdxl":

@@ -172,3 +172,20 @@ def test_bad_options_say_what_is_expected():
         NestedTerm(x, x, torch.tensor([0]), value_norm="both")
     with pytest.raises(NestedAttentionError, match="focus is -1; expected 0 or more"):
         NestedTerm(x, x, torch.tensor([0]), focus=-1)
+
+
+@pytest.mark.parametrize("focus", [1.0, 2.0])
+def test_rows_with_their_own_places_are_as_if_alone(focus):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, n, 8, generator=g, dtype=torch.float64) for n in (5, 7, 7))
+    key, value = (torch.randn(3, 4, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    places = torch.tensor([[2, -1], [1, 4], [-1, -1]])
+    shown = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, float("-inf")], [0, 0, 0, 0]], dtype=torch.float64)
+    everywhere = NestedTerm(key=key[:1], value=value[:1], places=torch.tensor([6]), focus=focus)
+    batch = NestedTerm(key=key, value=value, places=places, focus=focus, log_weights=shown)
+    got = nested_delta(q, k, v, 2, [everywhere, batch])
+    for row, tokens in enumerate((4, 3, 4)):
+        at = slice(row, row + 1)
+        own = NestedTerm(key[at, :tokens], value[at, :tokens], places[row][places[row] >= 0], focus=focus)
+        terms = [everywhere, own] if len(own.places) else [everywhere]
+        torch.testing.assert_close(got[at], nested_delta(q[at], k[at], v[at], 2, terms))

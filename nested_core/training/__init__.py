@@ -1,0 +1,41 @@
+"""Training encoders: the paper's recipe on diffusers and accelerate. Needs requirements-training.txt.
+
+    from nested_core.training import BaseModel, TrainingConfig, train
+
+    path = train(TrainingConfig(...), base, data)
+
+or, from the command line, `python -m nested_core.training --config file.yaml`. See docs/training.md.
+"""
+
+from .base import BaseModel, VisionTower, load_base
+from .config import (
+    BaseConfig,
+    DataConfig,
+    EncoderSettings,
+    InitConfig,
+    LossConfig,
+    OptimiserConfig,
+    SampleConfig,
+    TrainingConfig,
+)
+from .examples import Example, ExampleSubject
+from .export import load_trained
+from .loop import train
+
+__all__ = [
+    "BaseConfig",
+    "BaseModel",
+    "DataConfig",
+    "EncoderSettings",
+    "Example",
+    "ExampleSubject",
+    "InitConfig",
+    "LossConfig",
+    "OptimiserConfig",
+    "SampleConfig",
+    "TrainingConfig",
+    "VisionTower",
+    "load_base",
+    "load_trained",
+    "train",
+]

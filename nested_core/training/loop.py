@@ -1,0 +1,293 @@
+"""The training loop: the paper's recipe on accelerate, diffusers' schedulers and EMA.
+
+for each step: x0 = VAE(target); x_t = noised; predict with the subjects bound; weighted squared error; AdamW.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from tqdm.auto import tqdm
+
+from . import checkpoints
+from .base import BaseModel, load_base
+from .config import TrainingConfig
+from .data import SubjectData
+from .examples import Batch, Collate, Draws, rng_of
+from .export import export
+from .frozen import FrozenEncoders, make_cache
+from .initial import make_encoder
+from .journal import Callback, Journal
+from .model import SubjectDenoiser
+from .objective import denoising_loss, make_optimiser
+from .samples import write_samples
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OF_PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Positions(Sampler[list[int]]):
+    """Batches of positions of the run, from `start` on: those of this process."""
+
+    def __init__(self, start: int, passes: int, batch_size: int, process: int = 0, processes: int = 1) -> None:
+        self.start, self.passes, self.batch_size = start, passes, batch_size
+        self.process, self.processes = process, processes
+
+    def __len__(self) -> int:
+        return self.passes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in range(self.passes):
+            first = self.start + (number * self.processes + self.process) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+
+
+@dataclass
+class Run:
+    """What a run is made of, ready to train or to be described."""
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    base: BaseModel
+    draws: Draws
+    collate: Collate
+    frozen: FrozenEncoders
+    model: SubjectDenoiser
+    noise: Any
+
+
+@contextmanager
+def accelerated(config: TrainingConfig) -> Iterator[Accelerator]:
+    """accelerate, set up for this config; several runs in one process may differ in precision."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    accelerator = Accelerator(
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        gradient_accumulation_steps=config.accumulation,
+        cpu=config.cpu,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
+    )
+    try:
+        yield accelerator
+    finally:
+        accelerator.end_training()
+        accelerator.free_memory()
+        AcceleratorState._reset_state(reset_partial_state=False)
+
+
+def frozen_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
+    """The type of the frozen weights: what the config says, else the precision's, but fp32 on a CPU."""
+    if config.base.dtype != "auto":
+        return _DTYPES[config.base.dtype]
+    return torch.float32 if device.type == "cpu" else _OF_PRECISION[config.precision]
+
+
+def prepare(config: TrainingConfig, accelerator: Accelerator, base: BaseModel | None, data: Any | None) -> Run:
+    """Loads what is not given, puts it on the device, makes the encoder."""
+    set_seed(config.seed)
+    device = accelerator.device
+    dtype = frozen_dtype(config, device)
+    base = base or load_base(config.base, dtype)
+    data = SubjectData(config.data) if data is None else data
+    if base.unet.dtype != dtype:
+        base.unet.to(dtype=dtype)
+    for part in (base.unet, base.vae, *base.text_encoders, base.vision):
+        part.to(device)
+    encoder = make_encoder(config.encoder, config.init, base, config.seed)
+    collate = Collate(base.tokenizers, config.loss.mask_weight, base.vision.image_size)
+    if isinstance(data, SubjectData):
+        for caption in data.captions():
+            collate.read(caption)  # finds words beyond what the text encoder reads before the first step
+    cache = make_cache(config.cache, config.cache_gb, Path(config.output) / "cache")
+    size = base.vision.image_size
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        base=base,
+        draws=Draws(data, config.seed, config.loss, size, config.data.fit),
+        collate=collate,
+        frozen=FrozenEncoders(base, device, dtype, config.encoder.image_features, cache),
+        model=SubjectDenoiser(encoder, base.unet, config.encoder.method, config.encoder.learn_alpha),
+        noise=DDPMScheduler.from_config(base.scheduler.config),
+    )
+
+
+def train(
+    config: TrainingConfig, base: BaseModel | None = None, data: Any | None = None, callback: Callback | None = None
+) -> Path:
+    """Trains an encoder and returns the exported file, `config.output`/encoder.safetensors.
+
+    Args:
+        config: the run.
+        base: the frozen models; None loads what `config.base` names.
+        data: a map-style data set of `Example`s, or `RandomExamples`; None reads what `config.data` names.
+        callback: is given each log entry: step, loss, rates, gradient norm, examples per second.
+
+    Raises NestedAttentionError for whatever does not fit, before the first step where possible.
+    """
+    with accelerated(config) as accelerator:
+        resume = checkpoints.to_resume(config)
+        run = prepare(config, accelerator, base, data)
+        if config.gradient_checkpointing:
+            run.base.unet.enable_gradient_checkpointing()
+        try:
+            with run.model.attached():
+                return Trainer(run, callback).train(resume)
+        finally:
+            if config.gradient_checkpointing:
+                run.base.unet.disable_gradient_checkpointing()
+
+
+class Trainer:
+    """Steps, logs, checkpoints, sample grids and exports of a run."""
+
+    def __init__(self, run: Run, callback: Callback | None = None) -> None:
+        self.run, self.config, self.accelerator, self.callback = run, run.config, run.accelerator, callback
+        config, options = run.config, run.config.optimiser
+        run.model.to(self.accelerator.device)
+        self.parameters = [p for p in run.model.parameters() if p.requires_grad]
+        self.ema = EMAModel(self.parameters, decay=options.ema) if options.ema else None
+        optimiser = make_optimiser(run.model, options)
+        names = {"constant": "constant_with_warmup"}
+        self.schedule = get_scheduler(
+            names.get(options.schedule, options.schedule),
+            optimiser,
+            num_warmup_steps=options.warmup,
+            num_training_steps=config.steps,
+        )
+        # The schedule stays ours: accelerate would step it once per process.
+        self.model, self.optimiser = self.accelerator.prepare(run.model, optimiser)
+        self.accelerator.register_for_checkpointing(self.schedule)
+        if self.ema:
+            self.ema.to(self.accelerator.device)
+            self.accelerator.register_for_checkpointing(self.ema)
+        self.step = self.samples = 0
+        self.grad_norm: Tensor | None = None
+
+    def train(self, resume: Path | None) -> Path:
+        """All the steps that are left; returns the exported file."""
+        config, accelerator = self.config, self.accelerator
+        output = Path(config.output)
+        if accelerator.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "config.json").write_text(json.dumps(asdict(config), indent=2), "utf-8")
+        accelerator.wait_for_everyone()
+        if config.tracker != "none":
+            accelerator.init_trackers("logs")
+        if resume is not None:
+            self.step, self.samples = checkpoints.load(accelerator, config, resume)
+            log.info("going on from %s", resume)
+        begun = saved = self.step
+        for _ in self._steps():
+            if config.save_every and self.step % config.save_every == 0:
+                saved = self.step
+                self._save()
+            if config.samples.every and self.step % config.samples.every == 0:
+                self._write_samples()
+        if saved != self.step:
+            self._save()
+        if config.samples.every and self.step > begun and self.step % config.samples.every:
+            self._write_samples()
+        path = output / "encoder.safetensors"
+        if saved == self.step and not path.exists():
+            self._export()
+        return path
+
+    def _steps(self) -> Iterator[None]:
+        """Takes the steps that are left, and comes back after each."""
+        config, accelerator = self.config, self.accelerator
+        passes = (config.steps - self.step) * config.accumulation
+        batches = DataLoader(
+            self.run.draws,
+            batch_sampler=Positions(
+                self.samples, passes, config.batch_size, accelerator.process_index, accelerator.num_processes
+            ),
+            collate_fn=self.run.collate,
+            num_workers=config.workers,
+            persistent_workers=config.workers > 0,
+        )
+        bar = tqdm(total=config.steps, initial=self.step, disable=not accelerator.is_main_process, desc="steps")
+        journal = Journal(accelerator, Path(config.output), self.callback)
+        with bar:
+            for batch in batches:
+                loss = self._pass(batch)
+                self.samples += config.batch_size * accelerator.num_processes
+                journal.add(loss, config.batch_size, batch.bound_rows)
+                if not accelerator.sync_gradients:
+                    continue
+                self.step += 1
+                bar.update()
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    entry = journal.write(self.step, float(self.schedule.get_last_lr()[-1]), self.grad_norm)
+                    bar.set_postfix(loss=f"{entry['loss']:.4f}")
+                yield
+
+    def _pass(self, batch: Batch) -> Tensor:
+        """One batch forward and backward, and the optimiser's step where it is due. Returns the loss, detached."""
+        accelerator, options = self.accelerator, self.config.optimiser
+        conditions = self.run.frozen.conditions(batch)
+        latents = self.run.frozen.latents(batch)
+        generator = torch.Generator().manual_seed(
+            rng_of(self.config.seed, "noise", self.samples, accelerator.process_index).getrandbits(63)
+        )
+        with accelerator.accumulate(self.model):
+            loss = denoising_loss(
+                lambda noisy, times: self.model(noisy, times, conditions),
+                self.run.noise, latents, generator, self.config.loss, batch.weights,
+            )  # fmt: skip
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and options.max_grad_norm:
+                self.grad_norm = accelerator.clip_grad_norm_(self.parameters, options.max_grad_norm)
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+            if accelerator.sync_gradients:
+                if not self.optimiser.step_was_skipped:  # fp16: gradients that overflowed
+                    self.schedule.step()
+                if self.ema:
+                    self.ema.step(self.parameters)
+        return loss.detach()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While it is entered, the weights are the averaged ones, where there are such."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def _save(self) -> None:
+        checkpoints.save(self.accelerator, self.config, self.step, self.samples)
+        self._export()
+
+    def _export(self) -> None:
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                export(Path(self.config.output) / "encoder.safetensors", self.run.model)
+
+    def _write_samples(self) -> None:
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                write_samples(self.run, self.step)
+        self.accelerator.wait_for_everyone()

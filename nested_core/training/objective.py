@@ -1,0 +1,81 @@
+"""The loss, and the optimiser that lowers it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import NestedAttentionError
+from .config import LossConfig, OptimiserConfig
+from .model import SubjectDenoiser
+
+
+def denoising_loss(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    scheduler: Any,
+    latents: Tensor,
+    generator: torch.Generator,
+    options: LossConfig,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The noise-prediction loss of a batch, a scalar in fp32.
+
+    Args:
+        predict: (noisy latents, timesteps) -> prediction, of the scheduler's prediction type.
+        scheduler: diffusers' DDPMScheduler or one like it; adds the noise.
+        latents: x0 (B, C, H, W).
+        generator: of noise and timesteps, on the CPU whatever the device, so that every device has the same.
+        options: Min-SNR weights, where wanted.
+        weights: of the picture's pixels (B, H', W'), mean 1, or None.
+
+    Raises NestedAttentionError for a prediction type that is none of noise, velocity and picture.
+    """
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    steps = scheduler.config["num_train_timesteps"]
+    times = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
+    noisy = scheduler.add_noise(latents, noise, times)
+    kind = scheduler.config["prediction_type"]
+    if kind == "epsilon":
+        target = noise
+    elif kind == "v_prediction":
+        target = scheduler.get_velocity(latents, noise, times)
+    elif kind == "sample":
+        target = latents
+    else:
+        raise NestedAttentionError(
+            f'The base model\'s scheduler predicts "{kind}"; expected epsilon, v_prediction or sample.'
+        )
+    error = F.mse_loss(predict(noisy, times).float(), target.float(), reduction="none").mean(1)  # (B, H, W)
+    if weights is not None:
+        error = error * F.interpolate(weights[:, None].to(error), size=error.shape[1:], mode="area")[:, 0]
+    return (error.mean((1, 2)) * _time_weights(scheduler, times, kind, options.min_snr_gamma)).mean()
+
+
+def _time_weights(scheduler: Any, times: Tensor, kind: str, gamma: float | None) -> Tensor:
+    """Min-SNR (arXiv 2303.09556, section 3.4): min(SNR, γ) over what the target itself weighs; (B,)."""
+    if gamma is None:
+        return torch.ones(times.shape, device=times.device)
+    snr = compute_snr(scheduler, times).clamp_min(1e-8)
+    own = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[kind]
+    return snr.clamp(max=gamma) / own
+
+
+def make_optimiser(model: SubjectDenoiser, options: OptimiserConfig) -> torch.optim.AdamW:
+    """AdamW with a rate for the Q-Former and one for K̈ and V̈ (and α); only matrices decay."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        qformer = name.startswith("encoder.resampler.")
+        rate = options.qformer_rate if qformer else options.layers_rate
+        decay = options.weight_decay if parameter.ndim == 2 else 0.0  # queries have three dimensions
+        groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()],
+        betas=(options.beta1, options.beta2),
+        eps=options.epsilon,
+        fused=next(model.parameters()).device.type in ("cpu", "cuda"),
+    )
