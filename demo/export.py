@@ -1,0 +1,243 @@
+"""The small world's files: what ComfyUI opens, and what diffusers opens.
+
+    checkpoint   U-Net, text encoder and codec in one file in the names that ComfyUI and the original Stable Diffusion
+                 use; with `demo/comfyui` among its custom nodes, ComfyUI's own checkpoint loader opens it
+    vision       the vision tower in transformers' names, for ComfyUI's own CLIP vision loader
+    pipeline     a folder for `StableDiffusionPipeline.from_pretrained`, with the vision tower in `image_encoder`
+
+Weights are kept in fp16. A latent is the same numbers in ComfyUI's sampler, in diffusers' pipeline and in training: the
+codec's own, times its `scaling_factor`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection
+
+import models
+
+LICENCE = "Apache-2.0"
+UNET, TEXT, CODEC = "model.diffusion_model.", "cond_stage_model.transformer.text_model.", "first_stage_model."
+_SCALE, _SHIFT = f"{CODEC}vae_scale", f"{CODEC}vae_shift"
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_UNET_NAME = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+
+
+def unet_names(names: Iterable[str], layers_per_block: int = 1) -> dict[str, str]:
+    """{diffusers' name: original name} of the weights of a U-Net with attention on every level."""
+    return {name: _original(name, layers_per_block) for name in names}
+
+
+def _original(name: str, layers: int) -> str:
+    module, kind = name.rsplit(".", 1)
+    if module in _ENDS:
+        return f"{_ENDS[module]}.{kind}"
+    found = _UNET_NAME.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name} is no weight of a U-Net of this kind.")
+    side, level, part, number, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
+    if part == "resnets":
+        inner, kind = rest.split(".")
+        rest = f"{_RESNET[inner]}.{kind}"
+    if side == "mid":  # resnet, attention, resnet
+        return f"middle_block.{1 if part == 'attentions' else 2 * number}.{rest}"
+    if part == "downsamplers":  # after the first convolution, each level is its resnets and then one of these
+        return f"input_blocks.{(layers + 1) * (level + 1)}.0.{rest.replace('conv', 'op')}"
+    if part == "upsamplers":  # the last module of the level's last block
+        return f"output_blocks.{(layers + 1) * (level + 1) - 1}.2.{rest}"
+    place = 0 if part == "resnets" else 1
+    if side == "down":
+        return f"input_blocks.{1 + (layers + 1) * level + number}.{place}.{rest}"
+    return f"output_blocks.{(layers + 1) * level + number}.{place}.{rest}"
+
+
+def codec_names(names: Iterable[str]) -> dict[str, str]:
+    """{diffusers' name: original name} of the weights of an AutoencoderTiny."""
+    found = {}
+    for name in names:
+        side, layers, number, rest = name.split(".", 3)
+        if side not in ("encoder", "decoder") or layers != "layers":
+            raise ValueError(f"{name} is no weight of an AutoencoderTiny.")
+        # The original decoder lists the clamp of the latents as its first layer; diffusers does it outside.
+        found[name] = f"taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"
+    return found
+
+
+def text_names(names: Iterable[str]) -> dict[str, str]:
+    """{transformers' name: original name, without "text_model."} of a text encoder's weights."""
+    # Releases of transformers differ in whether the module puts "text_model." in front.
+    return {name: name.removeprefix("text_model.") for name in names}
+
+
+def _renamed(module: nn.Module, names: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{names[name]}": _half(name, weight) for name, weight in module.state_dict().items()}
+
+
+def _half(name: str, weight: Tensor) -> Tensor:
+    half = weight.detach().to("cpu", torch.float16).contiguous()
+    if not half.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite, or become so in fp16.")
+    return half
+
+
+# --- to files ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_state_dict(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, codec: AutoencoderTiny
+) -> dict[str, Tensor]:
+    """U-Net, text encoder and codec as a checkpoint for ComfyUI, fp16.
+
+    Raises ValueError where a weight is not finite or has no counterpart.
+    """
+    return {
+        **_renamed(unet, unet_names(unet.state_dict()), UNET),
+        **_renamed(text_encoder, text_names(text_encoder.state_dict()), TEXT),
+        **_renamed(codec, codec_names(codec.state_dict()), CODEC),
+        # ComfyUI's codec divides what it encodes by the first and adds the second. They go in fp32: a picture's
+        # contrast hangs on one number.
+        _SCALE: torch.tensor(1 / codec.config.scaling_factor, dtype=torch.float32),
+        _SHIFT: torch.tensor(0.0),
+    }
+
+
+def vision_state_dict(tower: CLIPVisionModelWithProjection) -> dict[str, Tensor]:
+    """The vision tower's weights, fp16. Raises ValueError where one is not finite."""
+    return {name: _half(name, weight) for name, weight in tower.state_dict().items()}
+
+
+def write_checkpoint(
+    path: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, codec: AutoencoderTiny
+) -> None:
+    """Writes `checkpoint_state_dict`. Raises ValueError as that does, and OSError."""
+    said = {"scaling_factor": str(codec.config.scaling_factor), "prediction_type": "v_prediction"}
+    write_file(path, checkpoint_state_dict(unet, text_encoder, codec), "Small World: U-Net, text encoder, codec", said)
+
+
+def write_vision(path: Path, tower: CLIPVisionModelWithProjection) -> None:
+    """Writes `vision_state_dict`. Raises ValueError as that does, and OSError."""
+    write_file(path, vision_state_dict(tower), "Small World: CLIP vision tower, 64 px")
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], title: str, said: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all, with what it is and its licence in the metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        save_file(dict(tensors), part, {"format": "pt", "title": title, "licence": LICENCE, **(said or {})})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_pipeline(
+    folder: Path,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    codec: AutoencoderTiny,
+    tower: CLIPVisionModelWithProjection,
+) -> None:
+    """Writes the base model and the vision tower as a diffusers folder; an older one is replaced.
+
+    Raises FileExistsError where something else is in the way.
+    """
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise FileExistsError(f"{folder} is there and is no diffusers folder: name another place, or move it away.")
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    pipeline = StableDiffusionPipeline(
+        vae=codec,
+        text_encoder=text_encoder,
+        tokenizer=models.tokenizer(),
+        unet=unet,
+        scheduler=models.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=tower,
+        requires_safety_checker=False,
+    )
+    try:
+        pipeline.save_pretrained(part)
+        # Beside the tower, as transformers has it: what it was trained on is not what CLIP models usually are.
+        CLIPImageProcessor(
+            size={"shortest_edge": models.VISION_SIZE},
+            crop_size={"height": models.VISION_SIZE, "width": models.VISION_SIZE},
+            image_mean=list(models.VISION_MEAN),
+            image_std=list(models.VISION_STD),
+        ).save_pretrained(part / "image_encoder")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, AutoencoderTiny]:
+    """U-Net, text encoder and codec of a checkpoint file, fp32, frozen.
+
+    Raises ValueError naming the weights when the file is not one of the small world.
+    """
+    state = load_file(path)
+    state.pop("v_pred", None)  # an empty mark that ComfyUI puts into what it saves
+    unet, text_encoder, codec = models.unet(), models.text_encoder(), models.codec()
+    scale = state.pop(_SCALE, None)
+    shift = state.pop(_SHIFT, torch.tensor(0.0))
+    if scale is None or float(shift) != 0:
+        raise ValueError(f"{path} does not say how its latents are scaled ({_SCALE}, and {_SHIFT} = 0).")
+    codec.register_to_config(scaling_factor=round(1 / float(scale), 4))
+    _fill(unet, unet_names(unet.state_dict()), UNET, state)
+    _fill(text_encoder, text_names(text_encoder.state_dict()), TEXT, state)
+    _fill(codec, codec_names(codec.state_dict()), CODEC, state)
+    if state:
+        raise ValueError(f"{path} has weights that the small world has not: {', '.join(sorted(state)[:4])}.")
+    return unet, text_encoder, codec
+
+
+def load_vision(path: Path) -> CLIPVisionModelWithProjection:
+    """The vision tower of a file, fp32, frozen. Raises ValueError when the file is not one of the small world."""
+    state, tower = load_file(path), models.vision_tower()
+    _fill(tower, {name: name for name in tower.state_dict()}, "", state)
+    if state:
+        raise ValueError(f"{path} has weights that the small world has not: {', '.join(sorted(state)[:4])}.")
+    return tower
+
+
+def _fill(module: nn.Module, names: Mapping[str, str], prefix: str, state: dict[str, Tensor]) -> None:
+    """Moves a module's weights out of `state` into it."""
+    for name, weight in module.state_dict().items():
+        original = f"{prefix}{names[name]}"
+        found = state.pop(original, None)
+        if found is None or found.shape != weight.shape:
+            came = "nothing" if found is None else f"shape {tuple(found.shape)}"
+            raise ValueError(f"Not a file of the small world: {original} is {came}, expected {tuple(weight.shape)}.")
+        weight.copy_(found)
+    module.eval().requires_grad_(False)

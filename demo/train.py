@@ -1,0 +1,543 @@
+"""Trains the small world from nothing: codec, vision tower, probe, base model, nested encoder.
+
+python demo/train.py                  everything; stop it whenever you like, the same command goes on
+python demo/train.py --stage codec    only this stage and what it needs
+python demo/train.py --quick          every stage for a few steps, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import data  # noqa: E402
+import export  # noqa: E402
+import models  # noqa: E402
+import world  # noqa: E402
+from fit import fit  # noqa: E402
+from nested_core.checkpoint import load_encoder, write_encoder  # noqa: E402
+from nested_core.encoder import NestedEncoder  # noqa: E402
+from nested_core.training import (  # noqa: E402
+    BaseModel,
+    EncoderSettings,
+    Example,
+    ExampleSubject,
+    InitConfig,
+    LossConfig,
+    OptimiserConfig,
+    SampleConfig,
+    TrainingConfig,
+    VisionTower,
+    train,
+)
+
+CHECKPOINT, VISION = "small_world.safetensors", "small_world_vision.safetensors"
+ENCODER, PROBE = "small_world_nested.safetensors", "small_world_probe.safetensors"
+PICTURES = 24_000
+PORTRAITS = 24_000
+STEPS = {"codec": 1400, "vision": 2000, "qformer": 1000, "probe": 2200, "base": 4000, "nested": 2000}
+
+
+class Run:
+    """A training of the whole world in a folder. Each stage is a method that returns its trained, frozen module."""
+
+    def __init__(self, folder: Path, seed: int, scale: float, weights: Path, shipped: bool = False) -> None:
+        """scale: of steps and pictures. weights: where finished models go. shipped: take the frozen ones from there."""
+        self.folder, self.seed, self.scale = folder, seed, scale
+        self.weights, self.shipped = weights, weights if shipped else None
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def log(self, line: str) -> None:
+        """Prints a line and keeps it in train.log."""
+        with open(self.folder / "train.log", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(f"\r{line}", flush=True)
+
+    def steps(self, stage: str) -> int:
+        return max(2, round(STEPS[stage] * self.scale))
+
+    def count(self, pictures: int) -> int:
+        return max(64, round(pictures * self.scale))
+
+    def pictures(self) -> data.Pictures:
+        return data.pictures(self.folder, "pictures", self.count(PICTURES), self.seed)
+
+    def unseen(self) -> data.Pictures:
+        """Pictures of held-out figures."""
+        return data.pictures(self.folder, "unseen", self.count(1000), self.seed + 1, held_out=True)
+
+    def portraits(self) -> data.Pictures:
+        """Single figures, large, of the size that the vision tower sees."""
+        return data.pictures(self.folder, "portraits", self.count(PORTRAITS), self.seed + 2, portrait=True,
+                             size=models.VISION_SIZE)  # fmt: skip
+
+    def unseen_portraits(self) -> data.Pictures:
+        return data.pictures(self.folder, "unseen_portraits", self.count(1000), self.seed + 3, portrait=True,
+                             held_out=True, size=models.VISION_SIZE)  # fmt: skip
+
+    def pixels(self, shown: data.Pictures, chosen: list[int]) -> Tensor:
+        """(B, 3, H, W) in [-1, 1]."""
+        return models.normalise(torch.from_numpy(shown.pixels[np.array(chosen)])).to(self.device)
+
+    @functools.cached_property
+    def shipped_parts(self) -> tuple[Any, Any, Any]:
+        """U-Net, text encoder and codec of the shipped checkpoint."""
+        assert self.shipped
+        return tuple(part.to(self.device) for part in export.load_checkpoint(self.shipped / CHECKPOINT))  # type: ignore[return-value]
+
+    def codec(self) -> torch.nn.Module:
+        if self.shipped:
+            return self.shipped_parts[2]
+        torch.manual_seed(self.seed)
+        codec, shown, unseen = models.codec(), self.pictures(), self.unseen()
+        crop, size = 64, world.SIZE
+        first = self.pixels(shown, list(range(min(200, len(shown))))).cpu() / 2 + 0.5
+        patches = first.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 8, 8)
+        models.start_codec(codec, patches[torch.randperm(len(patches))[:20_000]])
+
+        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+            chosen = rng.sample(range(len(shown)), 16)
+            pixels = self.pixels(shown, chosen)
+            corners = [(rng.randrange(0, size - crop + 1, 8), rng.randrange(0, size - crop + 1, 8)) for _ in chosen]
+            pixels = torch.stack(
+                [p[:, y : y + crop, x : x + crop] for p, (y, x) in zip(pixels, corners, strict=True)]
+            ).contiguous(memory_format=torch.channels_last)
+            latents = codec.encode(pixels).latents.float()
+            # Noise makes the latent space smooth and the decoder lenient towards what a U-Net makes.
+            out = codec.decode(latents + 0.03 * torch.randn_like(latents)).sample.float()
+            error = out - pixels
+            edges = sum((F.l1_loss(out.diff(dim=d), pixels.diff(dim=d)) for d in (2, 3)), torch.zeros(()))
+            size_of = latents.square().mean()
+            value = error.abs().mean() + error.square().mean() + edges + 0.001 * size_of
+            return value, {"mse": float(error.detach().square().mean()), "latent": float(size_of.detach())}
+
+        def note(step: int) -> dict[str, float]:
+            pixels = self.pixels(unseen, list(range(min(32, len(unseen)))))
+            error = (codec.decode(codec.encode(pixels).latents).sample - pixels).square().mean()
+            return {"unseen PSNR": float(10 * torch.log10(4 / error))}
+
+        fit("codec", self.folder, codec, loss, self.steps("codec"), lr=1e-3, seed=self.seed, log=self.log, note=note,
+            note_every=200)  # fmt: skip
+        with torch.no_grad():
+            latents = codec.encode(self.pixels(shown, list(range(min(128, len(shown)))))).latents
+        codec.register_to_config(scaling_factor=round(float(1 / latents.std()), 4))
+        return codec
+
+    def latents(self) -> np.ndarray:
+        """Scaled latents of `pictures`, (N, 16, 16, 16) float16, encoded once."""
+        shown, codec = self.pictures(), self.codec()
+        shape = (len(shown), models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
+        path = self.folder / "latents.f16"
+        if not path.is_file():
+            partial = path.with_suffix(".part")
+            made = np.memmap(partial, np.float16, "w+", shape=shape)
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+                for at in _batches(len(shown), 64, "encoding pictures"):
+                    encoded = codec.encode(self.pixels(shown, at)).latents
+                    made[at] = (encoded.float() * codec.config.scaling_factor).cpu().numpy()
+            made.flush()
+            partial.rename(path)
+        return np.memmap(path, np.float16, "r", shape=shape)
+
+    def decoded(self, count: int = 6000) -> np.ndarray:
+        """The first pictures as they come out of the codec, uint8 (N, 128, 128, 3): what the probe will be shown."""
+        latents, codec = self.latents(), self.codec()
+        count = min(self.count(count), len(latents))
+        shape = (count, world.SIZE, world.SIZE, 3)
+        path = self.folder / "decoded.u8"
+        if not path.is_file():
+            partial = path.with_suffix(".part")
+            made = np.memmap(partial, np.uint8, "w+", shape=shape)
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+                for at in _batches(count, 64, "decoding pictures"):
+                    made[at] = self.decode(codec, torch.from_numpy(latents[at])).permute(0, 2, 3, 1).cpu().numpy()
+            made.flush()
+            partial.rename(path)
+        return np.memmap(path, np.uint8, "r", shape=shape)
+
+    def decode(self, codec: torch.nn.Module, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 16, h, w) -> uint8 pictures (B, 3, 8h, 8w)."""
+        out = codec.decode(latents.float().to(self.device) / codec.config.scaling_factor).sample.float()
+        return ((out + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def probe(self) -> models.Probe:
+        """The judge: trained on pictures as drawn and as the codec shows them; no other model sees it."""
+        if self.shipped:
+            probe = models.Probe()
+            probe.load_state_dict(load_file(self.shipped / PROBE))
+            return probe.float().eval().requires_grad_(False).to(self.device)
+        torch.manual_seed(self.seed + 10)
+        probe, shown, decoded, unseen = models.Probe(), self.pictures(), self.decoded(), self.unseen()
+        answers = _answers(shown)
+        unseen_answers = _answers(unseen)
+
+        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+            chosen = rng.sample(range(len(shown)), min(32, len(shown)))
+            again = rng.sample(range(len(decoded)), min(32, len(decoded)))
+            pixels = torch.cat([self.pixels(shown, chosen), self.decoded_pixels(decoded, again)])
+            out = probe(_roughen(pixels, rng).contiguous(memory_format=torch.channels_last))
+            value, right = _score(out, answers[chosen + again].to(self.device), list(models.SCORED))
+            return value, {"right": right}
+
+        def note(step: int) -> dict[str, float]:
+            parts = [probe(self.pixels(unseen, at)) for at in _batches(len(unseen), 50)]
+            out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            rights = {name: _right(out[name], unseen_answers[:, i]) for i, name in enumerate(models.SCORED)}
+            return {"unseen": sum(rights.values()) / len(rights), "worst": min(rights.values())}
+
+        return fit("probe", self.folder, probe, loss, self.steps("probe"), lr=2e-3, seed=self.seed + 10, log=self.log,
+                   note=note, note_every=500)  # fmt: skip
+
+    def decoded_pixels(self, decoded: np.ndarray, chosen: list[int]) -> Tensor:
+        return models.normalise(torch.from_numpy(decoded[np.array(chosen)])).to(self.device)
+
+    def vision(self) -> torch.nn.Module:
+        """The tower, trained to tell identities: from its embedding, and attribute by attribute from its patches."""
+        if self.shipped:
+            return export.load_vision(self.shipped / VISION).to(self.device)
+        torch.manual_seed(self.seed + 30)
+        tower, shown, unseen = models.vision_tower(), self.portraits(), self.unseen_portraits()
+        # Trained beside the tower, then dropped: nothing but the tower is used later.
+        judged = torch.nn.ModuleDict({"tower": tower, "reader": models.Reader()})
+        answers, unseen_answers = _identities(shown), _identities(unseen)
+
+        def read(pixels: Tensor) -> list[dict[str, Tensor]]:
+            out = tower(pixels, output_hidden_states=True)
+            return judged["reader"](out.image_embeds, out.hidden_states[-2])
+
+        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+            chosen = rng.sample(range(len(shown)), min(64, len(shown)))
+            pixels = _roughen(self.pixels(shown, chosen), rng)
+            truth = answers[chosen].to(self.device)
+            scored = [_score(out, truth, list(models.IDENTITY)) for out in read(pixels)]
+            return scored[0][0] + scored[1][0], {"right": scored[0][1], "right by part": scored[1][1]}
+
+        def note(step: int) -> dict[str, float]:
+            parts = [read(self.pixels(unseen, at)) for at in _batches(len(unseen), 100)]
+            figures = {}
+            for way, title in enumerate(("embedding", "by part")):
+                rights = [
+                    _right(torch.cat([part[way][name] for part in parts]), unseen_answers[:, i])
+                    for i, name in enumerate(models.IDENTITY)
+                ]
+                figures |= {f"unseen, {title}": sum(rights) / len(rights), f"worst, {title}": min(rights)}
+            return figures
+
+        fit("vision", self.folder, judged, loss, self.steps("vision"), lr=1e-3, seed=self.seed + 30, log=self.log,
+            note=note, note_every=500, warmup=300)  # fmt: skip
+        return tower
+
+    def base(self) -> Base:
+        """U-Net and text encoder, trained together on captions that name some of the figures' attributes."""
+        if self.shipped:
+            base = Base()
+            base.unet, base.text_encoder, _ = self.shipped_parts
+            return base.eval().requires_grad_(False)
+        torch.manual_seed(self.seed + 20)
+        base = Base()
+        shown, latents, codec = self.pictures(), self.latents(), self.codec()
+        scheduler = models.scheduler()
+
+        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+            chosen = rng.sample(range(len(shown)), min(32, len(shown)))
+            captions = [caption(shown.entries[i], rng) for i in chosen]
+            clean = torch.from_numpy(latents[np.array(chosen)]).float().to(self.device)
+            noise = torch.randn_like(clean)
+            times = torch.randint(0, scheduler.config.num_train_timesteps, (len(chosen),), device=self.device)
+            noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
+            predicted = base.unet(noisy, times, base.read(captions)).sample.float()
+            error = (predicted - scheduler.get_velocity(clean, noise, times)).square()
+            # Figures are a third of the pictures and nearly all of their detail.
+            figure = torch.from_numpy(shown.regions[np.array(chosen)] > 0).float().to(self.device)
+            weight = 1 + 2 * F.avg_pool2d(figure[:, None], 8)
+            return (error * weight).mean() / weight.mean(), {"plain": float(error.detach().mean())}
+
+        def note(step: int) -> dict[str, float]:
+            rng = random.Random(step)
+            entries = [data.random_entry(rng, i % 2 + 1) for i in range(32)]
+            texts = [data.plain_prompt(entry) for entry in entries]
+            pictures = self.sample(base, codec, texts, seed=step)
+            _save_sheet(pictures, self.folder / "samples" / f"base_{step:06}.png")
+            named = [caption(entry, rng, all_named=True) for entry in entries]
+            described = self.sample(base, codec, named, seed=step)
+            _save_sheet(described, self.folder / "samples" / f"base_{step:06}_described.png")
+            probe = self.probe()
+            return _judge(probe, pictures, entries) | {"described": _judge(probe, described, entries)["identity"]}
+
+        return fit("base", self.folder, base, loss, self.steps("base"), lr=1e-3, seed=self.seed + 20, log=self.log,
+                   ema=0.9995, warmup=300, note=note, note_every=1500)  # fmt: skip
+
+    def qformer(self) -> Path:
+        """A nested encoder whose Q-Former learned to tell attributes; its K̈ / V̈ layers know nothing yet."""
+        path = self.folder / "qformer.safetensors"
+        torch.manual_seed(self.seed + 40)
+        tower, shown, unseen = self.vision(), self.portraits(), self.unseen_portraits()
+        config = models.encoder_config()
+        encoder = NestedEncoder.from_config(config)
+        judged = torch.nn.ModuleDict({"encoder": encoder, "reader": models.TokenReader(config.tokens)})
+        answers, unseen_answers = _identities(shown), _identities(unseen)
+
+        def read(pixels: Tensor) -> dict[str, Tensor]:
+            with torch.no_grad():
+                features = tower(pixels, output_hidden_states=True).hidden_states[-2]
+            return judged["reader"](encoder.encode(features))
+
+        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+            chosen = rng.sample(range(len(shown)), min(64, len(shown)))
+            value, right = _score(read(self.pixels(shown, chosen)), answers[chosen].to(self.device), [*models.IDENTITY])
+            return value, {"right": right}
+
+        def note(step: int) -> dict[str, float]:
+            parts = [read(self.pixels(unseen, at)) for at in _batches(len(unseen), 100)]
+            rights = [
+                _right(torch.cat([part[name] for part in parts]), unseen_answers[:, i])
+                for i, name in enumerate(models.IDENTITY)
+            ]
+            return {"unseen": sum(rights) / len(rights), "worst": min(rights)}
+
+        if not path.is_file():
+            fit("qformer", self.folder, judged, loss, self.steps("qformer"), lr=1e-3, seed=self.seed + 40,
+                log=self.log, note=note, note_every=250)  # fmt: skip
+            write_encoder(path, encoder)
+        return path
+
+    def encoder(self, name: str, settings: EncoderSettings, seed: int = 0, steps: int | None = None,
+                optimiser: OptimiserConfig | None = None) -> Path:  # fmt: skip
+        """Trains an encoder with the pack's own training code; returns its file."""
+        base, tower, codec = self.base(), self.vision(), self.codec()
+        pipeline = StableDiffusionPipeline(
+            vae=codec, text_encoder=base.text_encoder, tokenizer=base.tokenizer, unet=base.unet,
+            scheduler=models.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        steps = steps or self.steps("nested")
+        config = TrainingConfig(
+            output=str(self.folder / name),
+            steps=steps,
+            batch_size=32,
+            precision="bf16",
+            seed=self.seed + seed,
+            workers=1,
+            save_every=250,
+            keep=1,
+            tracker="none",
+            encoder=settings,
+            init=InitConfig(encoder=str(self.qformer()), layers="unet"),
+            optimiser=optimiser
+            or OptimiserConfig(qformer_rate=5e-4, layers_rate=3e-3, warmup=100, schedule="cosine", ema=0.995),
+            loss=LossConfig(mask_weight=3.0, drop_text=0.05),
+            samples=SampleConfig(every=500, count=6, seeds=3, guidance=4.0),
+        )
+        examples = Examples(self.pictures(), self.latents())
+        parts = BaseModel(pipeline, VisionTower(tower, models.VISION_MEAN, models.VISION_STD), name="Small World")
+        return train(config, parts, examples, callback=lambda entry: None)
+
+    def nested(self) -> Path:
+        return self.encoder("nested", models.encoder_settings())
+
+    def one_value(self) -> Path:
+        return self.encoder("one_value", models.encoder_settings(tokens=1))
+
+    def decoupled(self) -> Path:
+        return self.encoder("decoupled", models.encoder_settings(method="decoupled", value_norm="none", alpha=1.0))
+
+    def export(self) -> None:
+        """Writes what is trained as the files that ComfyUI opens, with the log of their training, to demo/weights."""
+        folder, base = self.weights, self.base()
+        export.write_checkpoint(folder / CHECKPOINT, base.unet, base.text_encoder, self.codec())
+        export.write_vision(folder / VISION, self.vision())
+        probe = {name: weight.half().contiguous() for name, weight in self.probe().state_dict().items()}
+        export.write_file(folder / PROBE, probe, "Small World: the probe that scores pictures")
+        encoder = load_encoder(self.nested())
+        write_encoder(folder / ENCODER, encoder.half())
+        shutil.copyfile(self.folder / "train.log", folder / "train.log")
+        self.log(f"export: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
+
+    @torch.no_grad()
+    def sample(self, base: Base, codec: torch.nn.Module, texts: list[str], seed: int, cfg: float = 4.0,
+               steps: int = 25) -> Tensor:  # fmt: skip
+        """uint8 pictures (B, 3, 128, 128) for prompts, by DDIM with guidance."""
+        scheduler = models.scheduler()
+        scheduler.set_timesteps(steps)
+        shape = (len(texts), models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            text = base.read([*texts, *([""] * len(texts))])
+            for time in scheduler.timesteps:
+                out = base.unet(torch.cat([x, x]), time, text).sample.float()
+                positive, negative = out.chunk(2)
+                x = scheduler.step(negative + cfg * (positive - negative), time, x).prev_sample
+            return self.decode(codec, x)
+
+
+class Examples:
+    """Training examples of `nested_core.training`: a drawn picture, and for each figure a fresh portrait of it."""
+
+    def __init__(self, shown: data.Pictures, latents: np.ndarray) -> None:
+        self.shown, self.latents = shown, latents
+
+    def __len__(self) -> int:
+        return len(self.shown)
+
+    def draw(self, index: int, rng: random.Random) -> Example:
+        entry = self.shown.entries[index]
+        subjects, words = [], []
+        for i, figure in enumerate(entry.figures):
+            portrait = world.render([figure], rng.choice(world.SCENES), rng.choice(world.STYLES), rng, close=True)
+            word = f"<subject{i + 1}>"
+            subjects.append(ExampleSubject(word, figure.kind, [_unit(np.asarray(portrait.image))]))
+            words.append(word)
+        return Example(
+            target=_unit(self.shown.pixels[index]),
+            prompt=world.prompt(words, entry.scene, entry.style),
+            subjects=subjects,
+            mask=torch.from_numpy((self.shown.regions[index] > 0).astype(np.float32)),
+            latents=torch.from_numpy(self.latents[index].astype(np.float32)),
+            name=f"picture {index}",
+        )
+
+
+def _unit(pixels: np.ndarray) -> Tensor:
+    """uint8 (H, W, 3) -> float in 0..1."""
+    return torch.from_numpy(pixels.astype(np.float32) / 255)
+
+
+class Base(torch.nn.Module):
+    """U-Net and text encoder of the small world."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = models.unet(), models.text_encoder()
+        self.tokenizer = models.tokenizer()
+
+    def read(self, texts: list[str]) -> Tensor:
+        """Prompts -> (B, 77, 128)."""
+        tokens = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=models.TEXT_LENGTH, return_tensors="pt"
+        )
+        device = next(self.parameters()).device
+        return self.text_encoder(tokens.input_ids.to(device)).last_hidden_state
+
+
+def caption(entry: data.Entry, rng: random.Random, all_named: bool = False) -> str:
+    """A prompt for a picture that names some, all or none of each figure's attributes; now and then it is empty."""
+    if not all_named and rng.random() < 0.1:
+        return ""
+    figures = []
+    for figure in entry.figures:
+        chance = 1.0 if all_named else rng.choice((0.0, 0.3, 0.6, 1.0))
+        figures.append(figure.words([name for name in world.ATTRIBUTES if rng.random() < chance]))
+    return world.prompt(figures, entry.scene, entry.style)
+
+
+def _batches(count: int, size: int, title: str = "") -> Iterator[list[int]]:
+    starts = range(0, count, size)
+    for start in tqdm(starts, desc=title, mininterval=5) if title else starts:
+        yield list(range(start, min(start + size, count)))
+
+
+def _answers(shown: data.Pictures) -> Tensor:
+    """Right answers to models.SCORED, (N, questions); -1 where there is none."""
+    rows = [models.labels(entry.figures, entry.scene, entry.style) for entry in shown.entries]
+    return torch.tensor([[row[name] for name in models.SCORED] for row in rows])
+
+
+def _identities(shown: data.Pictures) -> Tensor:
+    """Right answers to models.IDENTITY for portraits, (N, questions)."""
+    rows = []
+    for entry in shown.entries:
+        figure = entry.figures[0]
+        values = [options.index(getattr(figure, name)) for name, options in world.ATTRIBUTES.items()]
+        rows.append([world.KINDS.index(figure.kind), *values])
+    return torch.tensor(rows)
+
+
+def _score(out: dict[str, Tensor], answers: Tensor, questions: Sequence[str]) -> tuple[Tensor, float]:
+    """Mean cross entropy over the questions, and the share of right answers."""
+    losses, rights = [], []
+    for i, name in enumerate(questions):
+        if (answers[:, i] >= 0).any():
+            losses.append(F.cross_entropy(out[name].float(), answers[:, i], ignore_index=-1))
+            rights.append(_right(out[name].detach(), answers[:, i]))
+    return torch.stack(losses).mean(), sum(rights) / len(rights)
+
+
+def _right(logits: Tensor, answers: Tensor) -> float:
+    asked = answers.to(logits.device) >= 0
+    return float((logits.argmax(-1)[asked] == answers.to(logits.device)[asked]).float().mean())
+
+
+def _roughen(pixels: Tensor, rng: random.Random) -> Tensor:
+    """Pictures (B, 3, H, W) as a mediocre generator might make them: shifted, blurred, noisy, of other contrast."""
+    size, far = pixels.shape[-1], pixels.shape[-1] // 24
+    pixels = torch.roll(pixels, (rng.randint(-far, far), rng.randint(-far, far)), dims=(2, 3))
+    if rng.random() < 0.5:
+        pixels = F.interpolate(pixels, scale_factor=rng.uniform(0.5, 1.0), mode="bilinear", antialias=True)
+        pixels = F.interpolate(pixels, size=(size, size), mode="bilinear")
+    pixels = pixels * rng.uniform(0.85, 1.1) + rng.uniform(-0.08, 0.08)
+    return pixels + rng.uniform(0, 0.12) * torch.randn_like(pixels)
+
+
+@torch.no_grad()
+def _judge(probe: models.Probe, pictures: Tensor, entries: list[data.Entry]) -> dict[str, float]:
+    """What the probe finds right in pictures (B, 3, H, W) uint8: class, scene, style, and attributes."""
+    out = probe(models.normalise(pictures.permute(0, 2, 3, 1)))
+    rows = [models.labels(entry.figures, entry.scene, entry.style) for entry in entries]
+    answers = torch.tensor([[row[name] for name in models.SCORED] for row in rows])
+    rights = {name: _right(out[name], answers[:, i]) for i, name in enumerate(models.SCORED)}
+    attributes = [rights[f"{kind}.{name}"] for kind in world.KINDS for name in world.ATTRIBUTES]
+    present = sum(rights[f"{kind}.present"] for kind in world.KINDS) / 2
+    return {
+        "class": present, "scene": rights["scene"], "style": rights["style"], "identity": float(np.mean(attributes)),
+    }  # fmt: skip
+
+
+def _save_sheet(pictures: Tensor, path: Path, columns: int = 8) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid = torchvision.utils.make_grid(pictures.cpu(), columns, padding=0)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+
+STAGES = ("codec", "vision", "qformer", "probe", "base", "nested", "one_value", "decoupled", "export")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains the small world from nothing. Rerun it to go on.")
+    parser.add_argument("--out", type=Path, default=HERE / "run", help="folder for pictures, checkpoints and the log")
+    parser.add_argument("--stage", choices=STAGES, help="only this stage, and those it needs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shipped", action="store_true", help="take codec, vision tower, probe and base model from demo/weights"
+    )
+    parser.add_argument("--quick", action="store_true", help="a thousandth of all steps and pictures")
+    arguments = parser.parse_args()
+    weights = arguments.out / "weights" if arguments.quick else HERE / "weights"
+    run = Run(arguments.out, arguments.seed, 0.001 if arguments.quick else 1.0, weights, arguments.shipped)
+    for stage in [arguments.stage] if arguments.stage else STAGES:
+        begun = time.monotonic()
+        getattr(run, stage)()
+        run.log(f"{stage}: done, {(time.monotonic() - begun) / 60:.1f} min in this session")
+
+
+if __name__ == "__main__":
+    main()
