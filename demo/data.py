@@ -37,12 +37,21 @@ class Pictures:
         return len(self.entries)
 
 
-def _draw(seed: int, index: int, portrait: bool, held_out: bool, size: int) -> tuple[np.ndarray, np.ndarray, Entry]:
-    rng = random.Random(f"{seed} {index}")
+def _figures(rng: random.Random, portrait: bool, held_out: bool) -> list[Figure]:
     kinds = list(world.KINDS)
     rng.shuffle(kinds)
     count = 1 if portrait or rng.random() < 0.6 else 2
-    figures = [world.random_figure(rng, kind, held_out) for kind in kinds[:count]]
+    return [world.random_figure(rng, kind, held_out) for kind in kinds[:count]]
+
+
+def drawn_figures(count: int, seed: int) -> list[Figure]:
+    """The figures in the first `count` pictures of a series that is not held out, without drawing them."""
+    return [figure for i in range(count) for figure in _figures(random.Random(f"{seed} {i}"), False, False)]
+
+
+def _draw(seed: int, index: int, portrait: bool, held_out: bool, size: int) -> tuple[np.ndarray, np.ndarray, Entry]:
+    rng = random.Random(f"{seed} {index}")
+    figures = _figures(rng, portrait, held_out)
     entry = Entry(figures, rng.choice(world.SCENES), rng.choice(world.STYLES))
     picture = world.render(figures, entry.scene, entry.style, rng, close=portrait)
     image, regions = picture.image, picture.regions
@@ -69,6 +78,7 @@ def pictures(folder: Path, name: str, count: int, seed: int, *, portrait: bool =
     paths = {part: folder / f"{name}.{part}.u8" for part in shapes}
     if not about.is_file() or json.loads(about.read_text("utf-8"))["key"] != key:
         folder.mkdir(parents=True, exist_ok=True)
+        about.unlink(missing_ok=True)  # what it says is about to be overwritten
         arrays = {part: np.memmap(paths[part], np.uint8, "w+", shape=shape) for part, shape in shapes.items()}
         entries: list[Entry] = []
         jobs = [(seed, i, min(i + 250, count), portrait, held_out, size) for i in range(0, count, 250)]

@@ -11,14 +11,16 @@ codec's own, times its `scaling_factor`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection
@@ -109,9 +111,7 @@ def _half(name: str, weight: Tensor) -> Tensor:
 # --- to files ---------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_state_dict(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, codec: AutoencoderTiny
-) -> dict[str, Tensor]:
+def checkpoint_state_dict(unet: Any, text_encoder: CLIPTextModel, codec: Any) -> dict[str, Tensor]:
     """U-Net, text encoder and codec as a checkpoint for ComfyUI, fp16.
 
     Raises ValueError where a weight is not finite or has no counterpart.
@@ -132,9 +132,7 @@ def vision_state_dict(tower: CLIPVisionModelWithProjection) -> dict[str, Tensor]
     return {name: _half(name, weight) for name, weight in tower.state_dict().items()}
 
 
-def write_checkpoint(
-    path: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, codec: AutoencoderTiny
-) -> None:
+def write_checkpoint(path: Path, unet: Any, text_encoder: CLIPTextModel, codec: Any) -> None:
     """Writes `checkpoint_state_dict`. Raises ValueError as that does, and OSError."""
     said = {"scaling_factor": str(codec.config.scaling_factor), "prediction_type": "v_prediction"}
     write_file(path, checkpoint_state_dict(unet, text_encoder, codec), "Small World: U-Net, text encoder, codec", said)
@@ -156,11 +154,19 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], title: str, said: Mapp
         part.unlink(missing_ok=True)
 
 
+def fingerprint(unet: Any) -> str:
+    """A hash of a U-Net's weights in fp16: the same before they are shipped and after."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(unet.state_dict().items()):
+        digest.update(name.encode() + _half(name, weight).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
 def write_pipeline(
     folder: Path,
-    unet: UNet2DConditionModel,
+    unet: Any,
     text_encoder: CLIPTextModel,
-    codec: AutoencoderTiny,
+    codec: Any,
     tower: CLIPVisionModelWithProjection,
 ) -> None:
     """Writes the base model and the vision tower as a diffusers folder; an older one is replaced.
@@ -171,7 +177,7 @@ def write_pipeline(
         raise FileExistsError(f"{folder} is there and is no diffusers folder: name another place, or move it away.")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=codec,
         text_encoder=text_encoder,
         tokenizer=models.tokenizer(),
@@ -201,14 +207,16 @@ def write_pipeline(
 # --- and back ---------------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path: Path) -> tuple[UNet2DConditionModel, CLIPTextModel, AutoencoderTiny]:
+def load_checkpoint(path: Path) -> tuple[Any, CLIPTextModel, Any]:
     """U-Net, text encoder and codec of a checkpoint file, fp32, frozen.
 
     Raises ValueError naming the weights when the file is not one of the small world.
     """
     state = load_file(path)
     state.pop("v_pred", None)  # an empty mark that ComfyUI puts into what it saves
-    unet, text_encoder, codec = models.unet(), models.text_encoder(), models.codec()
+    text_encoder = models.text_encoder()
+    unet: Any = models.unet()
+    codec: Any = models.codec()
     scale = state.pop(_SCALE, None)
     shift = state.pop(_SHIFT, torch.tensor(0.0))
     if scale is None or float(shift) != 0:

@@ -284,7 +284,8 @@ def encoder_settings(**changes: Any) -> EncoderSettings:
     return replace(
         EncoderSettings(
             tokens=16, token_dim=CONTEXT_DIM, dim=128, depth=2, heads=4, dim_head=32, ff_mult=2, value_norm="match",
-            alpha=6.0, base_model="Small World", licence="Apache-2.0", title="Small World: figures, 16 tokens",
+            alpha=4.0, learn_alpha=True, base_model="Small World", licence="Apache-2.0",
+            title="Small World: figures",
         ),
         **changes,
     )  # fmt: skip

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import random
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +38,10 @@ import export  # noqa: E402
 import models  # noqa: E402
 import world  # noqa: E402
 from fit import fit  # noqa: E402
-from nested_core.checkpoint import load_encoder, write_encoder  # noqa: E402
+from nested_core.checkpoint import load_encoder, read_encoder, write_encoder  # noqa: E402
 from nested_core.encoder import NestedEncoder  # noqa: E402
 from nested_core.training import (  # noqa: E402
     BaseModel,
-    EncoderSettings,
     Example,
     ExampleSubject,
     InitConfig,
@@ -51,22 +53,40 @@ from nested_core.training import (  # noqa: E402
     train,
 )
 
+WEIGHTS = HERE / "weights"
 CHECKPOINT, VISION = "small_world.safetensors", "small_world_vision.safetensors"
 ENCODER, PROBE = "small_world_nested.safetensors", "small_world_probe.safetensors"
 PICTURES = 24_000
 PORTRAITS = 24_000
-STEPS = {"codec": 1400, "vision": 2000, "qformer": 1000, "probe": 2200, "base": 4000, "nested": 2000}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "nested": {},
+    "one_value": {"tokens": 1},
+    "decoupled": {"method": "decoupled", "value_norm": "none", "alpha": 1.0, "learn_alpha": False},
+}
+ENCODER_NAME = re.compile(rf"(?P<method>{'|'.join(ENCODERS)})(_(?P<tokens>\d+)_tokens)?(_seed(?P<seed>\d+))?")
+SHIPPED = ("codec", "vision", "probe", "base")
+STEPS = {"codec": 1400, "vision": 2000, "qformer": 1000, "probe": 2200, "base": 4000, "encoder": 500}
 
 
 class Run:
     """A training of the whole world in a folder. Each stage is a method that returns its trained, frozen module."""
 
-    def __init__(self, folder: Path, seed: int, scale: float, weights: Path, shipped: bool = False) -> None:
-        """scale: of steps and pictures. weights: where finished models go. shipped: take the frozen ones from there."""
-        self.folder, self.seed, self.scale = folder, seed, scale
-        self.weights, self.shipped = weights, weights if shipped else None
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(
+        self, folder: Path, seed: int, scale: float, shipped: frozenset[str] = frozenset(), warm: bool = False
+    ) -> None:
+        """scale: of steps and pictures. shipped: what is taken from demo/weights. warm: where the base model starts.
+
+        Raises SystemExit where the folder belongs to another run: what lies there would not fit.
+        """
+        self.folder, self.seed, self.scale, self.shipped, self.warm = folder, seed, scale, shipped, warm
+        # A whole training from nothing is what becomes the shipped files; any other keeps its own to itself.
+        self.weights = WEIGHTS if scale == 1 and folder == HERE / "run" else folder / "weights"
+        about, said = folder / "run.json", {"seed": seed, "scale": scale, "shipped": sorted(shipped), "warm": warm}
+        if about.is_file() and json.loads(about.read_text("utf-8")) != said:
+            raise SystemExit(f"{folder} belongs to another run, {about.read_text('utf-8')}: name another --out.")
         folder.mkdir(parents=True, exist_ok=True)
+        about.write_text(json.dumps(said), "utf-8")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def log(self, line: str) -> None:
         """Prints a line and keeps it in train.log."""
@@ -103,11 +123,11 @@ class Run:
     @functools.cached_property
     def shipped_parts(self) -> tuple[Any, Any, Any]:
         """U-Net, text encoder and codec of the shipped checkpoint."""
-        assert self.shipped
-        return tuple(part.to(self.device) for part in export.load_checkpoint(self.shipped / CHECKPOINT))  # type: ignore[return-value]
+        unet, text_encoder, codec = export.load_checkpoint(WEIGHTS / CHECKPOINT)
+        return unet.to(self.device), text_encoder.to(self.device), codec.to(self.device)
 
     def codec(self) -> torch.nn.Module:
-        if self.shipped:
+        if "codec" in self.shipped:
             return self.shipped_parts[2]
         torch.manual_seed(self.seed)
         codec, shown, unseen = models.codec(), self.pictures(), self.unseen()
@@ -157,6 +177,7 @@ class Run:
                     encoded = codec.encode(self.pixels(shown, at)).latents
                     made[at] = (encoded.float() * codec.config.scaling_factor).cpu().numpy()
             made.flush()
+            del made  # an open map can't be renamed on Windows
             partial.rename(path)
         return np.memmap(path, np.float16, "r", shape=shape)
 
@@ -173,6 +194,7 @@ class Run:
                 for at in _batches(count, 64, "decoding pictures"):
                     made[at] = self.decode(codec, torch.from_numpy(latents[at])).permute(0, 2, 3, 1).cpu().numpy()
             made.flush()
+            del made  # an open map can't be renamed on Windows
             partial.rename(path)
         return np.memmap(path, np.uint8, "r", shape=shape)
 
@@ -183,9 +205,9 @@ class Run:
 
     def probe(self) -> models.Probe:
         """The judge: trained on pictures as drawn and as the codec shows them; no other model sees it."""
-        if self.shipped:
+        if "probe" in self.shipped:
             probe = models.Probe()
-            probe.load_state_dict(load_file(self.shipped / PROBE))
+            probe.load_state_dict(load_file(WEIGHTS / PROBE))
             return probe.float().eval().requires_grad_(False).to(self.device)
         torch.manual_seed(self.seed + 10)
         probe, shown, decoded, unseen = models.Probe(), self.pictures(), self.decoded(), self.unseen()
@@ -214,8 +236,8 @@ class Run:
 
     def vision(self) -> torch.nn.Module:
         """The tower, trained to tell identities: from its embedding, and attribute by attribute from its patches."""
-        if self.shipped:
-            return export.load_vision(self.shipped / VISION).to(self.device)
+        if "vision" in self.shipped:
+            return export.load_vision(WEIGHTS / VISION).to(self.device)
         torch.manual_seed(self.seed + 30)
         tower, shown, unseen = models.vision_tower(), self.portraits(), self.unseen_portraits()
         # Trained beside the tower, then dropped: nothing but the tower is used later.
@@ -250,13 +272,14 @@ class Run:
 
     def base(self) -> Base:
         """U-Net and text encoder, trained together on captions that name some of the figures' attributes."""
-        if self.shipped:
-            base = Base()
-            base.unet, base.text_encoder, _ = self.shipped_parts
-            return base.eval().requires_grad_(False)
         torch.manual_seed(self.seed + 20)
         base = Base()
-        shown, latents, codec = self.pictures(), self.latents(), self.codec()
+        if self.warm or "base" in self.shipped:
+            base.unet, base.text_encoder, _ = export.load_checkpoint(WEIGHTS / CHECKPOINT)
+            base.requires_grad_(True).to(self.device)
+        if "base" in self.shipped:
+            return base.eval().requires_grad_(False)
+        shown, latents, codec, probe = self.pictures(), self.latents(), self.codec(), self.probe()
         scheduler = models.scheduler()
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
@@ -282,18 +305,18 @@ class Run:
             named = [caption(entry, rng, all_named=True) for entry in entries]
             described = self.sample(base, codec, named, seed=step)
             _save_sheet(described, self.folder / "samples" / f"base_{step:06}_described.png")
-            probe = self.probe()
             return _judge(probe, pictures, entries) | {"described": _judge(probe, described, entries)["identity"]}
 
         return fit("base", self.folder, base, loss, self.steps("base"), lr=1e-3, seed=self.seed + 20, log=self.log,
                    ema=0.9995, warmup=300, note=note, note_every=1500)  # fmt: skip
 
-    def qformer(self) -> Path:
+    def qformer(self, tokens: int = 16) -> Path:
         """A nested encoder whose Q-Former learned to tell attributes; its K̈ / V̈ layers know nothing yet."""
-        path = self.folder / "qformer.safetensors"
+        name = "qformer" if tokens == 16 else f"qformer_{tokens}_tokens"
+        path = self.folder / f"{name}.safetensors"
         torch.manual_seed(self.seed + 40)
         tower, shown, unseen = self.vision(), self.portraits(), self.unseen_portraits()
-        config = models.encoder_config()
+        config = replace(models.encoder_config(), tokens=tokens)
         encoder = NestedEncoder.from_config(config)
         judged = torch.nn.ModuleDict({"encoder": encoder, "reader": models.TokenReader(config.tokens)})
         answers, unseen_answers = _identities(shown), _identities(unseen)
@@ -317,58 +340,80 @@ class Run:
             return {"unseen": sum(rights) / len(rights), "worst": min(rights)}
 
         if not path.is_file():
-            fit("qformer", self.folder, judged, loss, self.steps("qformer"), lr=1e-3, seed=self.seed + 40,
+            fit(name, self.folder, judged, loss, self.steps("qformer"), lr=1e-3, seed=self.seed + 40,
                 log=self.log, note=note, note_every=250)  # fmt: skip
             write_encoder(path, encoder)
         return path
 
-    def encoder(self, name: str, settings: EncoderSettings, seed: int = 0, steps: int | None = None,
-                optimiser: OptimiserConfig | None = None) -> Path:  # fmt: skip
-        """Trains an encoder with the pack's own training code; returns its file."""
+    def encoder(self, name: str) -> Path:
+        """Trains an encoder with the pack's own training code; returns its file.
+
+        name: a method of ENCODERS, with "_<N>_tokens" and "_seed<S>" for others than 16 tokens and seed 0.
+        """
+        match = ENCODER_NAME.fullmatch(name)
+        assert match
+        settings = models.encoder_settings(**ENCODERS[match["method"]])
+        if match["tokens"]:
+            settings = replace(settings, tokens=int(match["tokens"]))
         base, tower, codec = self.base(), self.vision(), self.codec()
         pipeline = StableDiffusionPipeline(
             vae=codec, text_encoder=base.text_encoder, tokenizer=base.tokenizer, unet=base.unet,
             scheduler=models.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
-        steps = steps or self.steps("nested")
         config = TrainingConfig(
             output=str(self.folder / name),
-            steps=steps,
+            steps=self.steps("encoder"),
             batch_size=32,
             precision="bf16",
-            seed=self.seed + seed,
+            seed=self.seed + int(match["seed"] or 0),
             workers=1,
             save_every=250,
             keep=1,
             tracker="none",
             encoder=settings,
-            init=InitConfig(encoder=str(self.qformer()), layers="unet"),
-            optimiser=optimiser
-            or OptimiserConfig(qformer_rate=5e-4, layers_rate=3e-3, warmup=100, schedule="cosine", ema=0.995),
+            init=InitConfig(encoder=str(self.qformer(settings.tokens)), layers="unet"),
+            optimiser=OptimiserConfig(
+                qformer_rate=5e-4, layers_rate=3e-3, warmup=100, schedule="cosine", ema=0.995
+            ),
             loss=LossConfig(mask_weight=3.0, drop_text=0.05),
             samples=SampleConfig(every=500, count=6, seeds=3, guidance=4.0),
-        )
+        )  # fmt: skip
         examples = Examples(self.pictures(), self.latents())
         parts = BaseModel(pipeline, VisionTower(tower, models.VISION_MEAN, models.VISION_STD), name="Small World")
-        return train(config, parts, examples, callback=lambda entry: None)
+        # Which base it is for: the evaluation refuses to run it on another.
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / name / "base.txt").write_text(export.fingerprint(base.unet), "utf-8")
+        path = train(config, parts, examples)
+        metrics = (self.folder / name / "metrics.jsonl").read_text("utf-8").splitlines()
+        said = json.loads(metrics[-1])
+        alpha = read_encoder(path)[0].alpha if config.encoder.method == "nested" else float("nan")
+        self.log(f"{name}: {config.steps} steps, loss {said['loss']:.4f}, alpha {alpha:.3g}")
+        return path
 
-    def nested(self) -> Path:
-        return self.encoder("nested", models.encoder_settings())
-
-    def one_value(self) -> Path:
-        return self.encoder("one_value", models.encoder_settings(tokens=1))
-
-    def decoupled(self) -> Path:
-        return self.encoder("decoupled", models.encoder_settings(method="decoupled", value_norm="none", alpha=1.0))
+    def pipeline(self) -> None:
+        """The base model as a diffusers folder and figures as a data folder: what the training's command line takes."""
+        base, folder = self.base(), self.folder / "pipeline"
+        export.write_pipeline(folder, base.unet, base.text_encoder, self.codec(), self.vision())
+        for i in range(self.count(2000)):
+            rng = random.Random(f"{self.seed} figures {i}")
+            figure = world.random_figure(rng)
+            of_it = self.folder / "figures" / "_".join([figure.kind, *figure.identity])
+            of_it.mkdir(parents=True, exist_ok=True)
+            (of_it / "class.txt").write_text(figure.kind, "utf-8")
+            for view in range(3):
+                scene, style = rng.choice(world.SCENES), rng.choice(world.STYLES)
+                world.render([figure], scene, style, rng, close=view == 0).image.save(of_it / f"{view}.png")
+                (of_it / f"{view}.txt").write_text(world.prompt(["<subject>"], scene, style), "utf-8")
+        self.log(f"pipeline: {folder} and {folder.with_name('figures')}")
 
     def export(self) -> None:
-        """Writes what is trained as the files that ComfyUI opens, with the log of their training, to demo/weights."""
+        """Writes what is trained as the files that ComfyUI opens, with the log of their training."""
         folder, base = self.weights, self.base()
-        export.write_checkpoint(folder / CHECKPOINT, base.unet, base.text_encoder, self.codec())
+        export.write_checkpoint(folder / CHECKPOINT, base.unet.float(), base.text_encoder, self.codec())
         export.write_vision(folder / VISION, self.vision())
         probe = {name: weight.half().contiguous() for name, weight in self.probe().state_dict().items()}
         export.write_file(folder / PROBE, probe, "Small World: the probe that scores pictures")
-        encoder = load_encoder(self.nested())
+        encoder = load_encoder(self.encoder("nested"))
         write_encoder(folder / ENCODER, encoder.half())
         shutil.copyfile(self.folder / "train.log", folder / "train.log")
         self.log(f"export: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
@@ -523,20 +568,42 @@ STAGES = ("codec", "vision", "qformer", "probe", "base", "nested", "one_value", 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the small world from nothing. Rerun it to go on.")
-    parser.add_argument("--out", type=Path, default=HERE / "run", help="folder for pictures, checkpoints and the log")
-    parser.add_argument("--stage", choices=STAGES, help="only this stage, and those it needs")
+    parser.add_argument("--out", type=Path, help="folder for pictures, checkpoints and the log (default: demo/run)")
+    parser.add_argument(
+        "--stage",
+        type=_stage,
+        help=f"only this stage and those it needs: one of {', '.join(STAGES)}, pipeline (files for the training's "
+        "command line), or an encoder with another number of tokens or seed, such as nested_4_tokens_seed1",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--shipped", action="store_true", help="take codec, vision tower, probe and base model from demo/weights"
+        "--shipped", nargs="*", choices=SHIPPED, help="take these (default: all of them) from demo/weights"
     )
-    parser.add_argument("--quick", action="store_true", help="a thousandth of all steps and pictures")
+    parser.add_argument("--warm", action="store_true", help="start the base model from that in demo/weights")
+    parser.add_argument("--quick", action="store_true", help="a thousandth of all steps and pictures, to see it run")
     arguments = parser.parse_args()
-    weights = arguments.out / "weights" if arguments.quick else HERE / "weights"
-    run = Run(arguments.out, arguments.seed, 0.001 if arguments.quick else 1.0, weights, arguments.shipped)
+    shipped = None if arguments.shipped is None else arguments.shipped or SHIPPED
+    kind = "_quick" * arguments.quick + "_shipped" * (shipped is not None)
+    run = Run(
+        arguments.out or HERE / f"run{kind}",
+        arguments.seed,
+        0.001 if arguments.quick else 1.0,
+        frozenset(shipped or ()),
+        arguments.warm,
+    )
     for stage in [arguments.stage] if arguments.stage else STAGES:
         begun = time.monotonic()
-        getattr(run, stage)()
+        if ENCODER_NAME.fullmatch(stage):
+            run.encoder(stage)
+        else:
+            getattr(run, stage)()
         run.log(f"{stage}: done, {(time.monotonic() - begun) / 60:.1f} min in this session")
+
+
+def _stage(text: str) -> str:
+    if text not in (*STAGES, "pipeline") and not ENCODER_NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"there is no stage {text}")
+    return text
 
 
 if __name__ == "__main__":

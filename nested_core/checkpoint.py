@@ -637,9 +637,7 @@ def _check_pairs(tensors: State, pairs: list[_Pair], projection: _Projection) ->
         )
 
 
-def _incomplete(
-    tensors: State, schemes: dict[str, dict[_Place, dict[str, str]]], families: Collection[Family]
-) -> str:
+def _incomplete(tensors: State, schemes: dict[str, dict[_Place, dict[str, str]]], families: Collection[Family]) -> str:
     """Why no complete set of layers was found."""
     full = " or ".join(f"{len(family.layers())} ({family.title})" for family in families)
     ranked = sorted(schemes.items(), key=lambda item: (sum(map(_is_pair, item[1].values())), len(item[1])))

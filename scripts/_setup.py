@@ -337,35 +337,35 @@ def unlink(link: Path) -> None:
         link.rmdir()  # a junction; fails, as it should, on a real folder with something in it
 
 
-def link_pack(host: Path) -> str:
-    """Makes the host find this repository among its custom nodes. Returns the folder's name there.
+def link_pack(host: Path, name: str = PACK, target: Path = REPO) -> str:
+    """Makes the host find this repository, or a folder of it, among its custom nodes. Returns the folder's name there.
 
     Raises SetupError if another copy of the pack is in the way.
     """
     folder = host / "custom_nodes"
     folder.mkdir(exist_ok=True)
     for entry in folder.iterdir():
-        if entry.exists() and os.path.samefile(entry, REPO):
+        if entry.exists() and os.path.samefile(entry, target):
             return entry.name
-    link = folder / PACK
+    link = folder / name
     if os.path.lexists(link):
         if link.exists():
             raise SetupError(f"{link} is another copy of this pack. Move it away, or run the script that is in it.")
         unlink(link)  # left by a repository that has moved
-    make_link(link)
-    say(f"linked {link} -> {REPO}")
+    make_link(link, target)
+    say(f"linked {link} -> {target}")
     return link.name
 
 
-def make_link(link: Path) -> None:
-    """Links a path to this repository. Raises SetupError if that is not possible."""
+def make_link(link: Path, target: Path = REPO) -> None:
+    """Links a path to this repository, or a folder of it. Raises SetupError if that is not possible."""
     if os.name == "nt":
         # A junction, unlike a symbolic link, needs no special rights on Windows.
-        made = subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(REPO)], capture_output=True, text=True)
+        made = subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(target)], capture_output=True, text=True)
         if made.returncode:
-            raise SetupError(f"{link} could not be linked to {REPO}: {made.stderr.strip() or made.stdout.strip()}")
+            raise SetupError(f"{link} could not be linked to {target}: {made.stderr.strip() or made.stdout.strip()}")
     else:
-        link.symlink_to(REPO, target_is_directory=True)
+        link.symlink_to(target, target_is_directory=True)
 
 
 # --- a running server -------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """What nested attention is compared with: the same subject by decoupled cross-attention, as IP-Adapter has it.
 
-    out = Attn(q, K, V) + w · Attn(q, K̈, V̈)
+    out = Attn(q, K, V) + w · α · Attn(q, K̈, V̈)
 
-in every cross-attention layer, for the rows of the positive prompt. No word of the prompt is the subject's.
+with the encoder's α, in every cross-attention layer, for the rows of the positive prompt. No word of the prompt is
+the subject's.
 """
 
 from __future__ import annotations
@@ -104,5 +105,5 @@ class DecoupledSubject(io.ComfyNode):
         for i, (block, _) in enumerate(layers):
             key, value = encoder.module.keys_values(tokens, i)
             previous = there.get(block) or there.get(block[:2])  # the host takes either address
-            model.set_model_attn2_replace(_Decoupled(key, value, strength, previous), *block)
+            model.set_model_attn2_replace(_Decoupled(key, value, strength * encoder.config.alpha, previous), *block)
         return io.NodeOutput(model)

@@ -149,13 +149,18 @@ def load_base(config: BaseConfig, dtype: torch.dtype = torch.float32) -> BaseMod
         )
     pipeline = _load_pipeline(config, dtype)
     pipeline.vae.to(torch.float32)  # SDXL's overflows in fp16
-    base = BaseModel(pipeline, load_vision(config.vision, dtype), Path(config.model).stem)
+    base = BaseModel(pipeline, load_vision(config.vision, dtype), _title(config.model))
     if config.family not in ("auto", base.family.name):
         wanted = family_of(config.family)
         raise NestedAttentionError(
             f"{config.model} is a model of the family {base.family.title}, not {wanted.title}, as base.family says."
         )
     return base
+
+
+def _title(model: str) -> str:
+    """A model's name in words: of a hub id its last part, of a file what stands before the extension."""
+    return Path(model).stem if Path(model).is_file() else Path(model).name
 
 
 def _load_pipeline(config: BaseConfig, dtype: torch.dtype) -> Any:

@@ -110,5 +110,5 @@ def _flush(folder: Path) -> None:
     """Everything of a folder onto the disk, so that the renaming can't come first in a power cut."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
+            with path.open("r+b") as file:  # Windows syncs only what may be written
                 os.fsync(file.fileno())

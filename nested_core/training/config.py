@@ -46,7 +46,8 @@ class BaseConfig:
 
     Attributes:
         model: a diffusers folder, a single-file checkpoint or a hub id: SDXL, SD 1.5 or the small world.
-        family: sdxl, sd15 or small_world; "auto" reads it off the U-Net. A single-file checkpoint needs no more.
+        family: sdxl, sd15 or small_world; "auto" reads it off the U-Net. A single-file checkpoint is taken for SDXL
+            unless this says otherwise.
         vision: the CLIP vision tower: a transformers folder, a .safetensors file as in ComfyUI's models/clip_vision,
             or a hub id.
         dtype: of the frozen weights: float32, bfloat16 or float16; "auto" is the precision's on a GPU, else float32.
@@ -322,6 +323,11 @@ class TrainingConfig:
         _check_choices(self)
         _check_range(self, ("steps", "batch_size", "accumulation", "keep", "log_every"), 1)
         _check_range(self, ("workers", "save_every", "cache_gb"), 0)
+        if self.precision == "fp32" and self.base.dtype not in ("auto", "float32"):
+            raise NestedAttentionError(
+                f'precision is "fp32" and base.dtype "{self.base.dtype}": without autocast both must be fp32. Set '
+                'precision to "bf16" or "fp16", or leave base.dtype at "auto".'
+            )
         if (
             self.init.layers == "zero"
             and self.encoder.method == "nested"

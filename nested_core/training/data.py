@@ -93,7 +93,7 @@ def shard_samples(shard: str, cache: str) -> Iterator[tuple[str, Callable[[], by
     resumed run finds its place at once.
     """
     try:
-        if not islocal(shard):
+        if not Path(shard).exists() and not islocal(shard):
             # A folder for each address: the cache itself goes by file names.
             folder = Path(cache, hashlib.sha256(shard.encode()).hexdigest()[:16])
             folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,13 @@ def read_samples(config: DataConfig) -> dict[str, Sample]:
         for path, read in source:
             name, extension = base_plus_ext(path)
             if name and extension:
-                samples.setdefault(name, Sample(name)).files.setdefault(extension.lower(), read)
+                files = samples.setdefault(name, Sample(name)).files
+                if extension.lower() in files:
+                    raise NestedAttentionError(
+                        f"There are two files {name}.{extension.lower()}, in different folders or shards. Rename one "
+                        "of the subjects: each needs a folder name of its own."
+                    )
+                files[extension.lower()] = read
     return samples
 
 

@@ -74,6 +74,15 @@ def _bytes(entry: Entry) -> int:
     return sum(tensor.nbytes for tensor in entry.values())
 
 
+def _mark(module: torch.nn.Module) -> str:
+    """A short hash by which a model's weights are told from others: of a run of numbers from each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class FrozenEncoders:
     """The VAE, the text encoders and the vision tower. Without gradients, outside autocast, in their own types.
 
@@ -85,7 +94,7 @@ class FrozenEncoders:
     ) -> None:
         self.base, self.device, self.dtype, self.image_features, self.cache = base, device, dtype, image_features, cache
         # Another base model's results have no place in a shared folder.
-        self._salt = f"{base.name} {base.family.name} {type(base.vae).__name__} {base.vision.feature_dim}"
+        self._salt = f"{base.family.name} {_mark(base.vae)} {_mark(base.vision)} {list(map(_mark, base.text_encoders))}"
 
     @torch.no_grad()
     def conditions(self, batch: Batch) -> Conditions:

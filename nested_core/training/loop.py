@@ -193,6 +193,8 @@ class Trainer:
             accelerator.init_trackers("logs")
         if resume is not None:
             self.step, self.samples = checkpoints.load(accelerator, config, resume)
+            if self.ema:
+                self.ema.to(accelerator.device)  # accelerate loads what is registered on the CPU
             log.info("going on from %s", resume)
         begun = saved = self.step
         for _ in self._steps():

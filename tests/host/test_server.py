@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import quickstart
 
+import _graphs
 import _setup
 import random_models
 
@@ -38,13 +38,18 @@ def server(work, names):
         yield running
 
 
+def portrait(names, prompt):
+    person = _graphs.Shown((names["image"],), "<person>", "person")
+    return _graphs.subject_graph(names, prompt, [person], negative="bad anatomy", size=256, steps=4)
+
+
 @pytest.fixture
 def graph(names):
-    return quickstart.portrait_graph(names, "a photo of <person> in a garden")
+    return portrait(names, "a photo of <person> in a garden")
 
 
 def run(server, graph):
-    return asyncio.run(quickstart.run_graph(server, graph))
+    return asyncio.run(_graphs.run_graph(server, graph))
 
 
 def test_object_info_has_the_eight_nodes(server):
@@ -58,11 +63,11 @@ def test_object_info_has_the_eight_nodes(server):
 
 
 def test_the_main_job_and_a_requeue_with_another_seed(server, graph):
-    first = quickstart.saved_pictures(server, run(server, graph))
+    first = _graphs.saved_pictures(server, run(server, graph))
     begun = len(server.log_lines())
     again = copy.deepcopy(graph)
     again["sampler"]["inputs"]["seed"] += 1
-    second = quickstart.saved_pictures(server, run(server, again))
+    second = _graphs.saved_pictures(server, run(server, again))
     assert first[0].read_bytes() != second[0].read_bytes()
     # Nothing but the sampler and what follows ran: no file was read, nothing encoded again.
     history = server.request("/history")
@@ -73,12 +78,12 @@ def test_the_main_job_and_a_requeue_with_another_seed(server, graph):
 
 
 def test_a_prompt_that_forgets_the_subject_ends_in_a_message(server, names):
-    graph = quickstart.portrait_graph(names, "a photo of a garden")
+    graph = portrait(names, "a photo of a garden")
     with pytest.raises(_setup.SetupError, match=r"KSampler \(sampler\) failed") as error:
         run(server, graph)
     assert "No positive prompt mentions <person>. Write <person> in the prompt" in str(error.value)
     # And the server goes on as before.
-    run(server, quickstart.portrait_graph(names, "a photo of <person> in a garden"))
+    run(server, portrait(names, "a photo of <person> in a garden"))
 
 
 def test_a_missing_encoder_is_refused_before_anything_runs(server, graph):

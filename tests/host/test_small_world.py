@@ -484,7 +484,8 @@ class Decoupled:
         out = attend(q, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
         row = slice(self.row, self.row + 1)
         for encoder, tokens, strength in self.subjects:
-            out[row] += strength * attend(q[row], *encoder.keys_values(tokens, self.layer))
+            own = attend(q[row], *encoder.keys_values(tokens, self.layer))
+            out[row] += strength * encoder.config.alpha * own  # as nested_core.training.baselines trains it
         return attn.to_out[0](out)
 
 

@@ -1,0 +1,141 @@
+"""The shipped small world in a real server: subjects that no training saw keep their identity, and obey the prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import _graphs
+import _setup
+import export
+import models
+import small_world
+from nested_core.checkpoint import load_encoder
+from nested_core.hosts.diffusers import BoundSubject, nested_attention
+from nested_core.images import prepare
+from nested_core.prompt import Placeholder, PromptReader, locate
+
+HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
+
+
+def _evaluation():
+    """scripts/evaluate.py by its path: a well-known package has the same name."""
+    spec = importlib.util.spec_from_file_location("evaluation", Path(_setup.__file__).with_name("evaluate.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+evaluate = _evaluation()
+A_DOZEN = 12
+IDENTITY, ALIGNMENT = 0.33, 0.9  # what an early state of the weights clears, and the base model alone does not
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    models = tmp_path_factory.mktemp("models")
+    return {**small_world.provide_models(models), "models": models}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, names):
+    work = tmp_path_factory.mktemp("small_world")
+    extension = _setup.link_pack(HOST, small_world.EXTENSION, small_world.DEMO / "comfyui")
+    only = [_setup.link_pack(HOST), extension]
+    with _setup.Server(HOST, work, models=names["models"], only=only) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bench(server, names):
+    return evaluate.Bench(server, names, {"nested": small_world.ENCODER}, A_DOZEN, seeds=1)
+
+
+def mean(scores, name):
+    return scores.interval(name)[0]
+
+
+def test_a_dozen_subjects_keep_their_identity_and_obey_the_prompt(bench):
+    without = bench.measure(evaluate.Condition("none"))
+    nested = bench.measure(evaluate.Condition("nested", "nested"))
+    # What the bounds are worth: the same pictures without the node miss the first by far.
+    assert mean(without, "identity") < IDENTITY - 0.03
+    assert mean(nested, "identity") > IDENTITY
+    assert mean(nested, "alignment") > ALIGNMENT
+
+
+def test_two_subjects_stay_apart(bench):
+    scores = bench.measure(evaluate.Condition("nested", "nested", pair=True), 0.5)
+    assert mean(scores, "own") > mean(scores, "swapped") + 0.08
+
+
+def test_diffusers_makes_the_same_picture(server, names):
+    """With the same weights, noise and steps; PSNR over 40 dB on the saved picture."""
+    (figure,) = small_world.held_out_figures(5, 1, "robot")
+    (shown,) = small_world.write_portraits([figure], server.input)
+    prompt = small_world.prompt([shown], "beach", "comic")
+    graph = _graphs.subject_graph(names, prompt, [shown], seed=5, steps=20, cfg=4.0)
+    (file,) = _graphs.saved_pictures(server, asyncio.run(_graphs.run_graph(server, graph, quiet=True)))
+    saved = picture(file)
+    with torch.no_grad():
+        made = in_diffusers(picture(server.input / shown.images[0]), shown, prompt, seed=5, steps=20, cfg=4.0)
+    assert 10 * torch.log10(1 / (saved - made).square().mean()) > 40
+    # And the subject is in both.
+    plain = _graphs.subject_graph(names, small_world.prompt([shown], "beach", "comic", bound=False), [], seed=5)
+    (file,) = _graphs.saved_pictures(server, asyncio.run(_graphs.run_graph(server, plain, quiet=True)))
+    assert 10 * torch.log10(1 / (saved - picture(file)).square().mean()) < 25
+
+
+def picture(file: Path) -> torch.Tensor:
+    """(H, W, 3) in 0..1."""
+    return torch.from_numpy(np.asarray(Image.open(file).convert("RGB")).astype(np.float32) / 255)
+
+
+def in_diffusers(reference, shown, prompt, *, seed, steps, cfg):
+    """The same subject, prompt and sampler (Euler on the "normal" schedule) in diffusers: a picture as it is saved."""
+    weights = small_world.DEMO / "weights"
+    unet, text_encoder, codec = export.load_checkpoint(weights / small_world.CHECKPOINT)
+    tower = export.load_vision(weights / small_world.CLIP_VISION)
+    encoder = load_encoder(weights / small_world.ENCODER, dtype=torch.float32)
+    seen = prepare(reference[None], size=models.VISION_SIZE).mul(255).round().div(255)
+    features = tower(seen.permute(0, 3, 1, 2) * 2 - 1, output_hidden_states=True).hidden_states[-2]
+    subject = encoder.encode(features)
+
+    tokenizer = models.tokenizer()
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text).input_ids[1:-1]
+
+    reading = PromptReader([Placeholder(shown.placeholder, shown.class_word)]).read(prompt)
+    places = [1 + i for i in locate(reading, ids(reading.text), ids)]
+    padded = tokenizer([reading.text, ""], padding="max_length", max_length=models.TEXT_LENGTH, return_tensors="pt")
+    text = text_encoder(padded.input_ids).last_hidden_state
+
+    signal = models.scheduler().alphas_cumprod
+    known = ((1 - signal) / signal).sqrt().log()
+    at = torch.linspace(999, 0, steps)
+    low = at.floor().long()
+    part = at - low
+    sigmas = torch.cat([(known[low] * (1 - part) + known[(low + 1).clamp_max(999)] * part).exp(), torch.zeros(1)])
+    shape = (1, models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * (1 + sigmas[0] ** 2).sqrt()
+    with nested_attention(unet, [BoundSubject(encoder, subject, places, rows=(0, 1))]):
+        for sigma, following in itertools.pairwise(sigmas):
+            scale = (1 + sigma**2).rsqrt()
+            time = (known - sigma.log()).abs().argmin()
+            v = unet((x * scale).expand(2, -1, -1, -1), time, text).sample
+            v = v[1:] + cfg * (v[:1] - v[1:])
+            clean = x * scale**2 - v * sigma * scale
+            x = x + (x - clean) / sigma * (following - sigma)
+    out = codec.decode(x / codec.config.scaling_factor).sample[0].permute(1, 2, 0) / 2 + 0.5
+    return (out.clamp(0, 1) * 255).floor() / 255
