@@ -91,17 +91,30 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √d + mask) v with PyTorch's fused attention: the default `attend`. (B, Q, C) -> (B, Q, C)."""
-    if mask is not None:
-        mask = mask.unsqueeze(1)
-    out = F.scaled_dot_product_attention(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), mask)
-    return merge_heads(out)
-
-
 def _statistics(x: Tensor) -> torch.dtype:
     """The type norms and softmax statistics are kept in: fp32, or fp64 for fp64 input."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _written_out(q: Tensor) -> bool:
+    """Whether attention is better written out than fused: in training on a CPU, whose fused backward pass is slow."""
+    return q.device.type == "cpu" and torch.is_grad_enabled()
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √d + mask), written out; (B, H, Q, d), (B, H, T, d) -> fp32 (B, H, Q, T)."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (logits if mask is None else logits + mask).softmax(-1, dtype=_statistics(q))
+
+
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √d + mask) v with PyTorch's fused attention: the default `attend`. (B, Q, C) -> (B, Q, C)."""
+    qh, kh, vh = (split_heads(x, heads) for x in (q, k, v))
+    if mask is not None:
+        mask = mask.unsqueeze(1)
+    if _written_out(q):
+        return merge_heads(_probabilities(qh, kh, mask).to(v.dtype) @ vh)
+    return merge_heads(F.scaled_dot_product_attention(qh, kh, vh, mask))
 
 
 def outer_probabilities(q: Tensor, k: Tensor, heads: int, places: Tensor) -> Tensor:
@@ -109,10 +122,16 @@ def outer_probabilities(q: Tensor, k: Tensor, heads: int, places: Tensor) -> Ten
 
     A place of -1 has the probability 0.
 
-    Attention over one-hot values *is* the probability. It runs in the fused kernels, whose softmax statistics are
-    fp32 for every input type, and never builds the (B, H, Q, T) matrix.
+    Attention over one-hot values *is* the probability. So it runs in the fused kernels, whose softmax statistics are
+    fp32 for every input type, and does not build the (B, H, Q, T) matrix.
     """
     qh, kh = split_heads(q, heads), split_heads(k, heads)
+    if _written_out(q):
+        prob = _probabilities(qh, kh)
+        if places.ndim == 1:
+            return prob.index_select(-1, places)
+        at = places.clamp_min(0)[:, None, None].expand(*prob.shape[:3], -1)
+        return prob.gather(-1, at) * (places >= 0)[:, None, None]
     head_dim, tokens = qh.shape[-1], kh.shape[-2]
     columns = []
     # Kernels want values as wide as keys: that many places per call. One call in practice.

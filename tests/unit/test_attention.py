@@ -13,6 +13,13 @@ from nested_core.attention import VALUE_NORMS, NestedTerm, nested_delta, outer_p
 from nested_core.errors import NestedAttentionError
 
 
+@pytest.fixture(scope="module", params=["fused", "written out"], autouse=True)
+def kernels(request):
+    """Inference runs in fused kernels, training on a CPU in written-out attention: all of this is about both."""
+    with torch.set_grad_enabled(request.param == "written out"):
+        yield
+
+
 def literal(q, k, v, heads, terms):
     """Equations (1)-(4) as the paper writes them, one query, head and row at a time."""
     batch, queries, channels = q.shape
@@ -161,7 +168,8 @@ def test_gradients_reach_the_nested_keys_and_values():
     g = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, n, 16, generator=g) for n in (7, 9, 9))
     key, value = (torch.randn(1, 4, 16, generator=g, requires_grad=True) for _ in range(2))
-    nested_delta(q, k, v, 2, [NestedTerm(key, value, torch.tensor([3]), focus=1.5)]).square().sum().backward()
+    with torch.enable_grad():
+        nested_delta(q, k, v, 2, [NestedTerm(key, value, torch.tensor([3]), focus=1.5)]).square().sum().backward()
     assert key.grad is not None and value.grad is not None
     assert key.grad.abs().sum() > 0 and value.grad.abs().sum() > 0
 
