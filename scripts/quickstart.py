@@ -57,7 +57,7 @@ def main() -> int:
 
     import small_world  # needs packages that are there only now
 
-    packs = [_setup.link_pack(host), _setup.link_pack(host, small_world.EXTENSION, small_world.DEMO / "comfyui")]
+    packs = small_world.link_packs(host)
     names = small_world.provide_models(STATE / "models")
     usual = USUAL_PORT if arguments.serve and _setup.is_free(USUAL_PORT) else 0
     server = Server(host, models=STATE / "models", port=arguments.port or usual, only=packs)
@@ -87,17 +87,13 @@ def contact_sheet(server: Server, names: dict[str, str], seed: int) -> Path:
     rows: list[tuple[list[Shown], Sequence[tuple[str, str]]]] = [
         ([robots[0]], SCENES), ([creatures[0]], SCENES), ([robots[1], creatures[1]], PAIR_SCENES),
     ]  # fmt: skip
-    checked = False
+    check_nodes(server, subject_graph(names, "", robots))
 
     def picture(subjects: list[Shown], scene: tuple[str, str], bound: bool) -> Image.Image:
-        nonlocal checked
         from PIL import Image
 
         prompt = small_world.prompt(subjects, *scene, bound)
         graph = subject_graph(names, prompt, subjects if bound else (), seed=seed, prefix="nested_attention/quickstart")
-        if not checked:
-            check_nodes(server, graph)
-        checked = True
         say(prompt if bound else f"{prompt}, without the node")
         (file,) = saved_pictures(server, asyncio.run(run_graph(server, graph, quiet=True)))
         return Image.open(file).convert("RGB")

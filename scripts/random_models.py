@@ -31,10 +31,7 @@ PHOTO = "astronaut.png"
 
 
 def provide_models(host: Path, models: Path, pictures: Path, photo: bool = True) -> dict[str, str]:
-    """Makes the models, and the photo if asked, that the quickstart needs, where they are not there yet.
-
-    This is the one place that says which models the quickstart uses: to use others, put them into the folders
-    `checkpoints`, `clip_vision` and `nested_attention` of `models` and return their names.
+    """Makes the models, and the photo if asked, for a server of SDXL's shapes, where they are not there yet.
 
     Returns the file names by the graph's input: "ckpt_name", "clip_name", "encoder_name" and "image".
     """

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import _setup
 from _graphs import Shown
 from _setup import REPO, SetupError
 
@@ -32,6 +33,11 @@ CHECKPOINT = "small_world.safetensors"
 CLIP_VISION = "small_world_vision.safetensors"
 ENCODER = "small_world_nested.safetensors"
 _FOLDERS = {CHECKPOINT: "checkpoints", CLIP_VISION: "clip_vision", ENCODER: "nested_attention"}
+
+
+def link_packs(host: Path) -> list[str]:
+    """Links this pack and the small world's loader into a ComfyUI; returns their folders' names, the pack's first."""
+    return [_setup.link_pack(host), _setup.link_pack(host, EXTENSION, DEMO / "comfyui")]
 
 
 def provide_models(models: Path, weights: Path = DEMO / "weights") -> dict[str, str]:

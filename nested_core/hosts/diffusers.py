@@ -9,7 +9,7 @@ The mathematics is `nested_core.attention`, the same as in the nodes; gradients 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -139,8 +139,12 @@ def check_fits(unet: Any, config: EncoderConfig) -> None:
 
 
 @contextmanager
-def nested_attention(unet: Any, subjects: Sequence[BoundSubject]) -> Iterator[None]:
+def nested_attention(
+    unet: Any, subjects: Sequence[BoundSubject], processor: Callable[..., Any] = NestedAttnProcessor
+) -> Iterator[None]:
     """While the block runs, `unet`'s cross-attention has `subjects`; before and after it has the same processors.
+
+    processor: made for each layer, of its number and the subjects.
 
     The list may be changed meanwhile; a backward pass with gradient checkpointing still needs what its forward had.
 
@@ -149,7 +153,7 @@ def nested_attention(unet: Any, subjects: Sequence[BoundSubject]) -> Iterator[No
     for subject in subjects:
         check_fits(unet, subject.encoder.config)
     before = dict(unet.attn_processors)
-    nested = {f"{name}.processor": NestedAttnProcessor(i, subjects) for i, name in enumerate(cross_attention(unet))}
+    nested = {f"{name}.processor": processor(i, subjects) for i, name in enumerate(cross_attention(unet))}
     unet.set_attn_processor({**before, **nested})
     try:
         yield

@@ -7,14 +7,14 @@ The same encoder, K̈ and V̈; bound to no word, so several subjects of a row ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
 from ..attention import scaled_dot_product
-from ..hosts.diffusers import BoundSubject, check_fits, cross_attention
+from ..hosts.diffusers import BoundSubject, nested_attention
 
 
 class DecoupledAttnProcessor:
@@ -45,15 +45,6 @@ class DecoupledAttnProcessor:
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
 
-@contextmanager
-def decoupled_attention(unet: Any, subjects: Sequence[BoundSubject]) -> Iterator[None]:
+def decoupled_attention(unet: Any, subjects: Sequence[BoundSubject]) -> AbstractContextManager[None]:
     """As `hosts.diffusers.nested_attention`, whose errors it raises, with decoupled attention."""
-    for subject in subjects:
-        check_fits(unet, subject.encoder.config)
-    before = dict(unet.attn_processors)
-    own = {f"{name}.processor": DecoupledAttnProcessor(i, subjects) for i, name in enumerate(cross_attention(unet))}
-    unet.set_attn_processor({**before, **own})
-    try:
-        yield
-    finally:
-        unet.set_attn_processor(before)
+    return nested_attention(unet, subjects, DecoupledAttnProcessor)

@@ -36,15 +36,11 @@ def write_samples(run: Run, step: int) -> Path:
         shown = [_fitted(view, size) for view in batch.references]
         blank = torch.ones(*size, 3)
         rows += [*shown, *[blank] * (columns - len(shown)), batch.targets[0], *pictures]
-    grid = make_grid(
-        torch.stack(rows).permute(0, 3, 1, 2), nrow=columns + 1 + config.samples.seeds, padding=4, pad_value=1.0
-    )
     path = Path(config.output) / "samples" / f"step-{step:08}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image(grid.clamp(0, 1)).save(path)
+    grid = _write_grid(rows, columns + 1 + config.samples.seeds, path)
     for tracker in run.accelerator.trackers:
         with suppress(AttributeError):  # a tracker without pictures
-            tracker.log_images({"samples": grid.clamp(0, 1)[None].numpy()}, step=step)
+            tracker.log_images({"samples": grid[None].numpy()}, step=step)
     return path
 
 
@@ -131,9 +127,15 @@ def show_batch(batch: Batch, path: Path) -> None:
             weight = batch.weights[row]
             target = target * (0.4 + 0.6 * weight / weight.max())[..., None]
         cells += [*views[row], *[torch.ones(*size, 3)] * (columns - len(views[row])), target]
-    grid = make_grid(torch.stack(cells).permute(0, 3, 1, 2), nrow=columns + 1, padding=4, pad_value=1.0)
+    _write_grid(cells, columns + 1, path)
+
+
+def _write_grid(cells: Sequence[Tensor], columns: int, path: Path) -> Tensor:
+    """Writes pictures (H, W, 3) side by side; returns the grid (3, H', W') in 0..1."""
+    grid = make_grid(torch.stack(list(cells)).permute(0, 3, 1, 2), nrow=columns, padding=4, pad_value=1.0).clamp(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image(grid.clamp(0, 1)).save(path)
+    to_pil_image(grid).save(path)
+    return grid
 
 
 def _fitted(view: Tensor, size: Sequence[int]) -> Tensor:
