@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -300,6 +301,13 @@ def encoder_config() -> EncoderConfig:
         feature_dim=vision_config().hidden_size, value_norm=settings.value_norm, alpha=settings.alpha,
         licence=settings.licence, title=settings.title, resampler=shape,
     )  # fmt: skip
+
+
+def load_probe(path: Path) -> Probe:
+    """The probe of a file, fp32, frozen."""
+    probe = Probe()
+    probe.load_state_dict(load_file(path))
+    return probe.float().eval().requires_grad_(False)
 
 
 def labels(figures: list[world.Figure], scene: str, style: str) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Trains the small world from nothing: codec, vision tower, probe, base model, nested encoder.
 
 python demo/train.py                  everything; stop it whenever you like, the same command goes on
+python demo/train.py --compile        the same, the U-Net compiled: on a CPU in half the time
 python demo/train.py --stage codec    only this stage and what it needs
 python demo/train.py --quick          every stage for a few steps, to see that it runs
 """
@@ -25,8 +26,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from diffusers import StableDiffusionPipeline
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -58,6 +61,7 @@ CHECKPOINT, VISION = "small_world.safetensors", "small_world_vision.safetensors"
 ENCODER, PROBE = "small_world_nested.safetensors", "small_world_probe.safetensors"
 PICTURES = 24_000
 PORTRAITS = 24_000
+FIGURE_WEIGHT, PART_WEIGHT = 3.0, 9.0  # in a loss; the background weighs 1
 ENCODERS: dict[str, dict[str, Any]] = {
     "nested": {},
     "one_value": {"tokens": 1},
@@ -65,20 +69,23 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 ENCODER_NAME = re.compile(rf"(?P<method>{'|'.join(ENCODERS)})(_(?P<tokens>\d+)_tokens)?(_seed(?P<seed>\d+))?")
 SHIPPED = ("codec", "vision", "probe", "base")
-STEPS = {"codec": 1400, "vision": 2000, "qformer": 1000, "probe": 2200, "base": 4000, "encoder": 500}
+STEPS = {"codec": 1400, "vision": 2000, "qformer": 1000, "probe": 2200, "base": 10000, "encoder": 1500}
 
 
 class Run:
     """A training of the whole world in a folder. Each stage is a method that returns its trained, frozen module."""
 
     def __init__(
-        self, folder: Path, seed: int, scale: float, shipped: frozenset[str] = frozenset(), warm: bool = False
-    ) -> None:
+        self, folder: Path, seed: int, scale: float, shipped: frozenset[str] = frozenset(), warm: bool = False,
+        compiled: bool = False,
+    ) -> None:  # fmt: skip
         """scale: of steps and pictures. shipped: what is taken from demo/weights. warm: where the base model starts.
+        compiled: whether the U-Net runs as torch.compile makes it while it or an encoder is trained.
 
         Raises SystemExit where the folder belongs to another run: what lies there would not fit.
         """
         self.folder, self.seed, self.scale, self.shipped, self.warm = folder, seed, scale, shipped, warm
+        self.compiled = compiled
         # A whole training from nothing is what becomes the shipped files; any other keeps its own to itself.
         self.weights = WEIGHTS if scale == 1 and folder == HERE / "run" else folder / "weights"
         about, said = folder / "run.json", {"seed": seed, "scale": scale, "shipped": sorted(shipped), "warm": warm}
@@ -116,9 +123,9 @@ class Run:
         return data.pictures(self.folder, "unseen_portraits", self.count(1000), self.seed + 3, portrait=True,
                              held_out=True, size=models.VISION_SIZE)  # fmt: skip
 
-    def pixels(self, shown: data.Pictures, chosen: list[int]) -> Tensor:
-        """(B, 3, H, W) in [-1, 1]."""
-        return models.normalise(torch.from_numpy(shown.pixels[np.array(chosen)])).to(self.device)
+    def pixels(self, pictures: np.ndarray, chosen: list[int]) -> Tensor:
+        """Chosen ones of uint8 (N, H, W, 3) as (B, 3, H, W) in [-1, 1]."""
+        return models.normalise(torch.from_numpy(pictures[np.array(chosen)])).to(self.device)
 
     @functools.cached_property
     def shipped_parts(self) -> tuple[Any, Any, Any]:
@@ -132,13 +139,13 @@ class Run:
         torch.manual_seed(self.seed)
         codec, shown, unseen = models.codec(), self.pictures(), self.unseen()
         crop, size = 64, world.SIZE
-        first = self.pixels(shown, list(range(min(200, len(shown))))).cpu() / 2 + 0.5
+        first = self.pixels(shown.pixels, list(range(min(200, len(shown))))).cpu() / 2 + 0.5
         patches = first.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 8, 8)
         models.start_codec(codec, patches[torch.randperm(len(patches))[:20_000]])
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
             chosen = rng.sample(range(len(shown)), 16)
-            pixels = self.pixels(shown, chosen)
+            pixels = self.pixels(shown.pixels, chosen)
             corners = [(rng.randrange(0, size - crop + 1, 8), rng.randrange(0, size - crop + 1, 8)) for _ in chosen]
             pixels = torch.stack(
                 [p[:, y : y + crop, x : x + crop] for p, (y, x) in zip(pixels, corners, strict=True)]
@@ -153,14 +160,14 @@ class Run:
             return value, {"mse": float(error.detach().square().mean()), "latent": float(size_of.detach())}
 
         def note(step: int) -> dict[str, float]:
-            pixels = self.pixels(unseen, list(range(min(32, len(unseen)))))
+            pixels = self.pixels(unseen.pixels, list(range(min(32, len(unseen)))))
             error = (codec.decode(codec.encode(pixels).latents).sample - pixels).square().mean()
             return {"unseen PSNR": float(10 * torch.log10(4 / error))}
 
         fit("codec", self.folder, codec, loss, self.steps("codec"), lr=1e-3, seed=self.seed, log=self.log, note=note,
             note_every=200)  # fmt: skip
         with torch.no_grad():
-            latents = codec.encode(self.pixels(shown, list(range(min(128, len(shown)))))).latents
+            latents = codec.encode(self.pixels(shown.pixels, list(range(min(128, len(shown)))))).latents
         codec.register_to_config(scaling_factor=round(float(1 / latents.std()), 4))
         return codec
 
@@ -174,7 +181,7 @@ class Run:
             made = np.memmap(partial, np.float16, "w+", shape=shape)
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
                 for at in _batches(len(shown), 64, "encoding pictures"):
-                    encoded = codec.encode(self.pixels(shown, at)).latents
+                    encoded = codec.encode(self.pixels(shown.pixels, at)).latents
                     made[at] = (encoded.float() * codec.config.scaling_factor).cpu().numpy()
             made.flush()
             del made  # an open map can't be renamed on Windows
@@ -206,33 +213,27 @@ class Run:
     def probe(self) -> models.Probe:
         """The judge: trained on pictures as drawn and as the codec shows them; no other model sees it."""
         if "probe" in self.shipped:
-            probe = models.Probe()
-            probe.load_state_dict(load_file(WEIGHTS / PROBE))
-            return probe.float().eval().requires_grad_(False).to(self.device)
+            return models.load_probe(WEIGHTS / PROBE).to(self.device)
         torch.manual_seed(self.seed + 10)
         probe, shown, decoded, unseen = models.Probe(), self.pictures(), self.decoded(), self.unseen()
-        answers = _answers(shown)
-        unseen_answers = _answers(unseen)
+        answers, unseen_answers = _answers(shown.entries), _answers(unseen.entries)
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
             chosen = rng.sample(range(len(shown)), min(32, len(shown)))
             again = rng.sample(range(len(decoded)), min(32, len(decoded)))
-            pixels = torch.cat([self.pixels(shown, chosen), self.decoded_pixels(decoded, again)])
+            pixels = torch.cat([self.pixels(shown.pixels, chosen), self.pixels(decoded, again)])
             out = probe(_roughen(pixels, rng).contiguous(memory_format=torch.channels_last))
             value, right = _score(out, answers[chosen + again].to(self.device), list(models.SCORED))
             return value, {"right": right}
 
         def note(step: int) -> dict[str, float]:
-            parts = [probe(self.pixels(unseen, at)) for at in _batches(len(unseen), 50)]
+            parts = [probe(self.pixels(unseen.pixels, at)) for at in _batches(len(unseen), 50)]
             out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             rights = {name: _right(out[name], unseen_answers[:, i]) for i, name in enumerate(models.SCORED)}
             return {"unseen": sum(rights.values()) / len(rights), "worst": min(rights.values())}
 
         return fit("probe", self.folder, probe, loss, self.steps("probe"), lr=2e-3, seed=self.seed + 10, log=self.log,
                    note=note, note_every=500)  # fmt: skip
-
-    def decoded_pixels(self, decoded: np.ndarray, chosen: list[int]) -> Tensor:
-        return models.normalise(torch.from_numpy(decoded[np.array(chosen)])).to(self.device)
 
     def vision(self) -> torch.nn.Module:
         """The tower, trained to tell identities: from its embedding, and attribute by attribute from its patches."""
@@ -250,13 +251,13 @@ class Run:
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
             chosen = rng.sample(range(len(shown)), min(64, len(shown)))
-            pixels = _roughen(self.pixels(shown, chosen), rng)
+            pixels = _roughen(self.pixels(shown.pixels, chosen), rng)
             truth = answers[chosen].to(self.device)
             scored = [_score(out, truth, list(models.IDENTITY)) for out in read(pixels)]
             return scored[0][0] + scored[1][0], {"right": scored[0][1], "right by part": scored[1][1]}
 
         def note(step: int) -> dict[str, float]:
-            parts = [read(self.pixels(unseen, at)) for at in _batches(len(unseen), 100)]
+            parts = [read(self.pixels(unseen.pixels, at)) for at in _batches(len(unseen), 100)]
             figures = {}
             for way, title in enumerate(("embedding", "by part")):
                 rights = [
@@ -280,20 +281,27 @@ class Run:
         if "base" in self.shipped:
             return base.eval().requires_grad_(False)
         shown, latents, codec, probe = self.pictures(), self.latents(), self.codec(), self.probe()
-        scheduler = models.scheduler()
+        scheduler, unet = models.scheduler(), base.unet
+        self.write_out_attention(base)
+        if self.compiled:
+            unet = torch.compile(base.unet)
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
             chosen = rng.sample(range(len(shown)), min(32, len(shown)))
             captions = [caption(shown.entries[i], rng) for i in chosen]
             clean = torch.from_numpy(latents[np.array(chosen)]).float().to(self.device)
             noise = torch.randn_like(clean)
-            times = torch.randint(0, scheduler.config.num_train_timesteps, (len(chosen),), device=self.device)
+            # Half of them anywhere, half around the noise at which shapes are decided.
+            times = torch.where(
+                torch.rand(len(chosen)) < 0.5,
+                torch.randint(0, scheduler.config.num_train_timesteps, (len(chosen),)),
+                (500 + 150 * torch.randn(len(chosen))).long().clamp(0, 999),
+            ).to(self.device)
             noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
-            predicted = base.unet(noisy, times, base.read(captions)).sample.float()
+            predicted = unet(noisy, times, base.read(captions)).sample.float()
             error = (predicted - scheduler.get_velocity(clean, noise, times)).square()
-            # Figures are a third of the pictures and nearly all of their detail.
-            figure = torch.from_numpy(shown.regions[np.array(chosen)] > 0).float().to(self.device)
-            weight = 1 + 2 * F.avg_pool2d(figure[:, None], 8)
+            regions = torch.from_numpy(shown.regions[np.array(chosen)]).to(self.device)[:, None]
+            weight = F.avg_pool2d(_weights(regions), 8)
             return (error * weight).mean() / weight.mean(), {"plain": float(error.detach().mean())}
 
         def note(step: int) -> dict[str, float]:
@@ -305,10 +313,20 @@ class Run:
             named = [caption(entry, rng, all_named=True) for entry in entries]
             described = self.sample(base, codec, named, seed=step)
             _save_sheet(described, self.folder / "samples" / f"base_{step:06}_described.png")
-            return _judge(probe, pictures, entries) | {"described": _judge(probe, described, entries)["identity"]}
+            told = _judge(probe, described, entries)
+            plain = _judge(probe, pictures, entries)
+            figures = {name: plain[name] for name in ("class", "scene", "style", "identity")}
+            return figures | {f"described {name}": told[name] for name in ("identity", *world.ATTRIBUTES)}
 
-        return fit("base", self.folder, base, loss, self.steps("base"), lr=1e-3, seed=self.seed + 20, log=self.log,
-                   ema=0.9995, warmup=300, note=note, note_every=1500)  # fmt: skip
+        fit("base", self.folder, base, loss, self.steps("base"), lr=1e-3, seed=self.seed + 20, log=self.log,
+                   ema=0.9995, warmup=300, note=note, note_every=1000)  # fmt: skip
+        return base
+
+    def write_out_attention(self, base: Base) -> None:
+        """On a CPU the fused attention's backward pass is slow: written out, a training step takes two thirds."""
+        if self.device.type == "cpu":
+            base.unet.set_attn_processor(AttnProcessor())
+            base.text_encoder.set_attn_implementation("eager")
 
     def qformer(self, tokens: int = 16) -> Path:
         """A nested encoder whose Q-Former learned to tell attributes; its K̈ / V̈ layers know nothing yet."""
@@ -328,11 +346,12 @@ class Run:
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
             chosen = rng.sample(range(len(shown)), min(64, len(shown)))
-            value, right = _score(read(self.pixels(shown, chosen)), answers[chosen].to(self.device), [*models.IDENTITY])
+            told = read(self.pixels(shown.pixels, chosen))
+            value, right = _score(told, answers[chosen].to(self.device), [*models.IDENTITY])
             return value, {"right": right}
 
         def note(step: int) -> dict[str, float]:
-            parts = [read(self.pixels(unseen, at)) for at in _batches(len(unseen), 100)]
+            parts = [read(self.pixels(unseen.pixels, at)) for at in _batches(len(unseen), 100)]
             rights = [
                 _right(torch.cat([part[name] for part in parts]), unseen_answers[:, i])
                 for i, name in enumerate(models.IDENTITY)
@@ -356,6 +375,11 @@ class Run:
         if match["tokens"]:
             settings = replace(settings, tokens=int(match["tokens"]))
         base, tower, codec = self.base(), self.vision(), self.codec()
+        self.write_out_attention(base)  # of the cross-attention the training takes care itself
+        if self.compiled:
+            for module in base.unet.modules():
+                if isinstance(module, (ResnetBlock2D, FeedForward)):
+                    module.compile()
         pipeline = StableDiffusionPipeline(
             vae=codec, text_encoder=base.text_encoder, tokenizer=base.tokenizer, unet=base.unet,
             scheduler=models.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -375,7 +399,7 @@ class Run:
             optimiser=OptimiserConfig(
                 qformer_rate=5e-4, layers_rate=3e-3, warmup=100, schedule="cosine", ema=0.995
             ),
-            loss=LossConfig(mask_weight=3.0, drop_text=0.05),
+            loss=LossConfig(mask_weight=PART_WEIGHT, drop_text=0.05),
             samples=SampleConfig(every=500, count=6, seeds=3, guidance=4.0),
         )  # fmt: skip
         examples = Examples(self.pictures(), self.latents())
@@ -386,8 +410,8 @@ class Run:
         path = train(config, parts, examples)
         metrics = (self.folder / name / "metrics.jsonl").read_text("utf-8").splitlines()
         said = json.loads(metrics[-1])
-        alpha = read_encoder(path)[0].alpha if config.encoder.method == "nested" else float("nan")
-        self.log(f"{name}: {config.steps} steps, loss {said['loss']:.4f}, alpha {alpha:.3g}")
+        alpha = f", alpha {read_encoder(path)[0].alpha:.3g}" if config.encoder.learn_alpha else ""
+        self.log(f"{name}: {config.steps} steps, loss {said['loss']:.4f}{alpha}")
         return path
 
     def pipeline(self) -> None:
@@ -456,10 +480,16 @@ class Examples:
             target=_unit(self.shown.pixels[index]),
             prompt=world.prompt(words, entry.scene, entry.style),
             subjects=subjects,
-            mask=torch.from_numpy((self.shown.regions[index] > 0).astype(np.float32)),
+            mask=(_weights(torch.from_numpy(np.array(self.shown.regions[index]))) - 1) / (PART_WEIGHT - 1),
             latents=torch.from_numpy(self.latents[index].astype(np.float32)),
             name=f"picture {index}",
         )
+
+
+def _weights(regions: Tensor) -> Tensor:
+    """What pixels weigh in a loss, by region map: figures are a third of a picture, what sets them apart a tenth."""
+    part = regions % world.NEXT_FIGURE > world.PARTS["body"]
+    return 1.0 + (FIGURE_WEIGHT - 1) * (regions > 0) + (PART_WEIGHT - FIGURE_WEIGHT) * part
 
 
 def _unit(pixels: np.ndarray) -> Tensor:
@@ -490,7 +520,7 @@ def caption(entry: data.Entry, rng: random.Random, all_named: bool = False) -> s
         return ""
     figures = []
     for figure in entry.figures:
-        chance = 1.0 if all_named else rng.choice((0.0, 0.3, 0.6, 1.0))
+        chance = 1.0 if all_named else rng.choice((0.0, 0.5, 1.0, 1.0))
         figures.append(figure.words([name for name in world.ATTRIBUTES if rng.random() < chance]))
     return world.prompt(figures, entry.scene, entry.style)
 
@@ -501,9 +531,9 @@ def _batches(count: int, size: int, title: str = "") -> Iterator[list[int]]:
         yield list(range(start, min(start + size, count)))
 
 
-def _answers(shown: data.Pictures) -> Tensor:
+def _answers(entries: Sequence[data.Entry]) -> Tensor:
     """Right answers to models.SCORED, (N, questions); -1 where there is none."""
-    rows = [models.labels(entry.figures, entry.scene, entry.style) for entry in shown.entries]
+    rows = [models.labels(entry.figures, entry.scene, entry.style) for entry in entries]
     return torch.tensor([[row[name] for name in models.SCORED] for row in rows])
 
 
@@ -547,13 +577,13 @@ def _roughen(pixels: Tensor, rng: random.Random) -> Tensor:
 def _judge(probe: models.Probe, pictures: Tensor, entries: list[data.Entry]) -> dict[str, float]:
     """What the probe finds right in pictures (B, 3, H, W) uint8: class, scene, style, and attributes."""
     out = probe(models.normalise(pictures.permute(0, 2, 3, 1)))
-    rows = [models.labels(entry.figures, entry.scene, entry.style) for entry in entries]
-    answers = torch.tensor([[row[name] for name in models.SCORED] for row in rows])
+    answers = _answers(entries)
     rights = {name: _right(out[name], answers[:, i]) for i, name in enumerate(models.SCORED)}
-    attributes = [rights[f"{kind}.{name}"] for kind in world.KINDS for name in world.ATTRIBUTES]
+    attributes = {n: float(np.mean([rights[f"{kind}.{n}"] for kind in world.KINDS])) for n in world.ATTRIBUTES}
     present = sum(rights[f"{kind}.present"] for kind in world.KINDS) / 2
     return {
-        "class": present, "scene": rights["scene"], "style": rights["style"], "identity": float(np.mean(attributes)),
+        "class": present, "scene": rights["scene"], "style": rights["style"],
+        "identity": float(np.mean([*attributes.values()])), **attributes,
     }  # fmt: skip
 
 
@@ -580,6 +610,9 @@ def main() -> None:
         "--shipped", nargs="*", choices=SHIPPED, help="take these (default: all of them) from demo/weights"
     )
     parser.add_argument("--warm", action="store_true", help="start the base model from that in demo/weights")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the U-Net: half the time on a CPU; needs a C++ compiler"
+    )
     parser.add_argument("--quick", action="store_true", help="a thousandth of all steps and pictures, to see it run")
     arguments = parser.parse_args()
     shipped = None if arguments.shipped is None else arguments.shipped or SHIPPED
@@ -590,6 +623,7 @@ def main() -> None:
         0.001 if arguments.quick else 1.0,
         frozenset(shipped or ()),
         arguments.warm,
+        arguments.compile,
     )
     for stage in [arguments.stage] if arguments.stage else STAGES:
         begun = time.monotonic()

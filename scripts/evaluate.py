@@ -1,8 +1,8 @@
 """The method measured in the small world: pictures sampled in a real ComfyUI through the nodes, scored by the probe.
 
-    python scripts/evaluate.py                    everything; goes on where it stopped
-    python scripts/evaluate.py --identities 8     quicker, wider intervals
-    python scripts/evaluate.py --only table       without the sweeps (or: pairs, strength, identity, tokens, views)
+    python scripts/evaluate.py                  everything; goes on where it stopped
+    python scripts/evaluate.py --identities 8   quicker, wider intervals
+    python scripts/evaluate.py --only table     one part (or pairs, edits, strength, identity, focus, tokens, views)
 
 Subjects are held out of every training; each is sampled with three seeds. Writes docs/evaluation.md and .json, and
 docs/images/evaluation.png. Encoders: the shipped one, and those that `demo/train.py` left in its folder: `one_value`
@@ -41,31 +41,47 @@ METHODS = {
     "nested": "nested attention",
 }
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-IDENTITIES = (0.5, 1.0, 2.0)  # of the encoder's own α; the node takes 20 at most
+IDENTITIES = (0.25, 0.5, 0.75, 1.0, 1.25)  # of the encoder's own α
+FOCUS = (1.0, 1.5, 2.0, 3.0)
+EDITS = (0.5, 0.75, 1.0, 1.25)  # strengths
 TOKENS = (1, 4, 16, 64)
 VIEWS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """How pictures are made. encoder: file in models/nested_attention. alpha: factor on the encoder's own."""
+    """How pictures are made. encoder: file in models/nested_attention. alpha: factor on the encoder's own.
+
+    edit: whether the prompt gives the subject an attribute that it does not have, in words.
+    """
 
     method: str
     encoder: str = ""
     strength: float = 1.0
     alpha: float = 1.0
+    focus: float = 1.0
     views: int = 1
     pair: bool = False
+    edit: bool = False
 
 
 @dataclass(frozen=True)
 class Case:
-    """Held-out figures in a scene and style, with the seed of their pictures."""
+    """Held-out figures in a scene and style, with the seed of their pictures.
+
+    edit: an attribute and another value of it than the first figure's.
+    """
 
     figures: tuple[world.Figure, ...]
     scene: str
     style: str
     seed: int
+    edit: tuple[str, str]
+
+    def edit_in_words(self) -> str:
+        name, value = self.edit
+        figure = replace(self.figures[0], **{name: value})
+        return figure.words([name]).removesuffix(f" {figure.kind}")
 
 
 @dataclass
@@ -104,7 +120,7 @@ def main() -> int:
 
     import small_world
 
-    packs = [_setup.link_pack(host), _setup.link_pack(host, small_world.EXTENSION, small_world.DEMO / "comfyui")]
+    packs = small_world.link_packs(host)
     models = WORK / "models"
     names = small_world.provide_models(models)
     encoders = provide_encoders(arguments.run, models / "nested_attention")
@@ -114,9 +130,11 @@ def main() -> int:
     server = Server(host, WORK, models=models, only=packs)
     say(f"starting ComfyUI {_setup.version_of(host)}, log in {server.log}")
     with server:
+        ours = ("NestedEncodeSubject", "NestedApplySubject", "NestedApplySubjectAdvanced", "DecoupledSubject")
+        check_nodes(server, {kind: node(kind) for kind in ours})
         bench = Bench(server, names, encoders, arguments.identities)
-        results = {part: PARTS[part](bench) for part in arguments.only or PARTS}
-    write_report(results)
+        for part in arguments.only or PARTS:
+            write_report(part, PARTS[part](bench))
     return 0
 
 
@@ -144,7 +162,7 @@ def provide_encoders(run: Path, folder: Path) -> dict[str, str]:
             say(f"{name} was trained on another base model than the shipped one: left out")
             continue
         steps = json.loads((file.parent / "config.json").read_text("utf-8"))["steps"]
-        if not (file.parent / "checkpoints" / f"step-{steps}").is_dir():
+        if not (file.parent / "checkpoints" / f"step-{steps:08}").is_dir():
             say(f"{name} is not trained to its end, step {steps}: left out")
             continue
         _, encoder = load_trained(file)
@@ -163,21 +181,18 @@ class Bench:
         import sys
 
         sys.path[:0] = [path for path in (str(REPO),) if path not in sys.path]
-        from safetensors.torch import load_file
-
         import data
         import models
 
         self.server, self.names, self.encoders = server, names, encoders
         self.identities, self.seeds = identities, seeds
-        self.probe = models.Probe()
-        self.probe.load_state_dict(load_file(REPO / "demo" / "weights" / "small_world_probe.safetensors"))
-        self.probe.eval().float()
+        self.probe = models.load_probe(REPO / "demo" / "weights" / "small_world_probe.safetensors")
         # Pictures are kept for what made them: the models, our code, and the graph.
         sources = [
-            *(REPO / "nested_core").rglob("*.py"),
+            *(path for path in (REPO / "nested_core").rglob("*.py") if "training" not in path.parts),
             *(REPO / "nodes").glob("*.py"),
-            *(REPO / "demo").rglob("*.py"),
+            *(REPO / "demo" / "comfyui").glob("*.py"),
+            *(REPO / "demo" / name for name in ("world.py", "models.py")),
         ]
         shipped = [path for path in (REPO / "demo" / "weights").glob("*.safetensors") if "probe" not in path.name]
         digest = hashlib.sha256()
@@ -189,12 +204,15 @@ class Bench:
     def cases(self, pair: bool, share: float = 1.0) -> list[Case]:
         """The same for every condition; a share of them is the first ones."""
         import data
+        import world
 
         cases = []
         for i in range(max(2, round(self.identities * share))):
             rng = random.Random(f"evaluation {pair} {i}")
             entry = data.random_entry(rng, 2 if pair else 1)
-            cases.append(Case(tuple(entry.figures), entry.scene, entry.style, 1000 + i))
+            name = rng.choice([name for name in world.ATTRIBUTES if name != "hat_colour"])  # no word of its own
+            value = rng.choice([v for v in world.ATTRIBUTES[name] if v != getattr(entry.figures[0], name)])
+            cases.append(Case(tuple(entry.figures), entry.scene, entry.style, 1000 + i, (name, value)))
         return cases
 
     def measure(self, condition: Condition, share: float = 1.0) -> Scores:
@@ -203,8 +221,9 @@ class Bench:
 
         scores = Scores()
         title = f"{condition.method} x{condition.strength:g} α{condition.alpha:g} {condition.encoder[:24]}"
-        for case in tqdm(self.cases(condition.pair, share), desc=title, mininterval=2):
-            self.score(case, self.pictures(condition, case), scores)
+        edit = "edit " if condition.edit else ""
+        for case in tqdm(self.cases(condition.pair, share), desc=edit + title, mininterval=2):
+            self.score(case, self.pictures(condition, case), scores, condition.edit)
         return scores
 
     def pictures(self, condition: Condition, case: Case) -> list[Path]:
@@ -231,24 +250,27 @@ class Bench:
 
         shown = small_world.write_portraits(case.figures, self.server.input, condition.views)
         shown = [replace(subject, strength=condition.strength) for subject in shown]
-        prompt = small_world.prompt(shown, case.scene, case.style, bound=condition.method in ("nested", "one_value"))
+        said = shown
+        if condition.edit:
+            words = case.edit_in_words()
+            said = [
+                replace(s, placeholder=f"{words} {s.placeholder}", class_word=f"{words} {s.class_word}") for s in shown
+            ]
+        prompt = small_world.prompt(said, case.scene, case.style, bound=condition.method in ("nested", "one_value"))
         if condition.method == "described":
-            words = [replace(s, class_word=f.words()) for s, f in zip(shown, case.figures, strict=True)]
-            prompt = small_world.prompt(words, case.scene, case.style, bound=False)
+            named = [replace(s, class_word=f.words()) for s, f in zip(shown, case.figures, strict=True)]
+            prompt = small_world.prompt(named, case.scene, case.style, bound=False)
         subjects: Sequence[Shown] = () if condition.method in ("none", "described") else shown
         names = {**self.names, "encoder_name": self.encoders.get(condition.encoder, "")}
         graph = subject_graph(names, prompt, subjects, seed=case.seed, batch=self.seeds, prefix="evaluation/picture")
         graph = {key: value for key, value in graph.items() if not key.startswith("seen")}
         if condition.method == "decoupled":
             _decouple(graph, len(subjects))
-        elif condition.alpha != 1:
-            self._set_alpha(graph, condition)
-        if not hasattr(self, "checked"):
-            check_nodes(self.server, graph)
-            self.checked = True
+        elif condition.alpha != 1 or condition.focus != 1:
+            self._turn_knobs(graph, condition)
         return graph
 
-    def _set_alpha(self, graph: Graph, condition: Condition) -> None:
+    def _turn_knobs(self, graph: Graph, condition: Condition) -> None:
         from nested_core.checkpoint import read_encoder
 
         own = read_encoder(self.server_models() / self.encoders[condition.encoder])[0].alpha
@@ -256,11 +278,11 @@ class Bench:
             if place["class_type"] == "NestedApplySubject":
                 place["class_type"] = "NestedApplySubjectAdvanced"
                 place["inputs"] |= {
-                    "identity": min(20.0, round(own * condition.alpha, 4)), "focus": 1.0, "value_norm": "auto",
-                    "layer_weights": "", "when_unmentioned": "stop",
+                    "identity": round(own * condition.alpha, 2), "focus": condition.focus,
+                    "value_norm": "encoder's own", "layer_weights": "", "when_unmentioned": "stop",
                 }  # fmt: skip
 
-    def score(self, case: Case, files: Iterable[Path], scores: Scores) -> None:
+    def score(self, case: Case, files: Iterable[Path], scores: Scores, edit: bool = False) -> None:
         import numpy as np
         import torch
         from PIL import Image
@@ -280,7 +302,12 @@ class Bench:
         for name in world.ATTRIBUTES:
             rights = [told[f"{f.kind}.{name}"] == truth[f"{f.kind}.{name}"] for f in case.figures]
             scores.add(name, float(np.mean(rights)))
-        scores.add("identity", float(np.mean([scores.right[name][-1] for name in world.ATTRIBUTES])))
+        if edit:
+            name, value = case.edit
+            shown = told[f"{case.figures[0].kind}.{name}"]
+            scores.add("edit", float(np.mean(shown == world.ATTRIBUTES[name].index(value))))
+        kept = [name for name in world.ATTRIBUTES if not edit or name != case.edit[0]]
+        scores.add("identity", float(np.mean([scores.right[name][-1] for name in kept])))
         if len(case.figures) == 1:
             self._remember(case.figures[0], told, scores)
         else:
@@ -369,6 +396,20 @@ def strength(bench: Bench) -> Rows:
     return rows
 
 
+def edits(bench: Bench) -> Rows:
+    """An attribute that the prompt gives in words against the reference picture's: obeyed, and the others kept?"""
+    rows = [(METHODS["none"], bench.measure(bench.condition("none", edit=True), 0.5))]
+    for method in [m for m in bench.methods() if m not in ("none", "described")]:
+        for value in EDITS:
+            scores = bench.measure(bench.condition(method, strength=value, edit=True), 0.5)
+            rows.append((f"{METHODS[method]}, strength {value:g}", scores))
+    return rows
+
+
+def focus(bench: Bench) -> Rows:
+    return [(f"focus {x:g}", bench.measure(bench.condition("nested", focus=x), 0.5)) for x in FOCUS]
+
+
 def identity(bench: Bench) -> Rows:
     return [(f"α x {x:g}", bench.measure(bench.condition("nested", alpha=x), 0.5)) for x in IDENTITIES]
 
@@ -388,97 +429,123 @@ def views(bench: Bench) -> Rows:
 
 
 PARTS = {
-    "table": table, "pairs": pairs, "strength": strength, "identity": identity, "tokens": tokens, "views": views,
+    "table": table, "pairs": pairs, "edits": edits, "strength": strength, "identity": identity, "focus": focus,
+    "tokens": tokens, "views": views,
 }  # fmt: skip
 TITLES = {
     "table": "One subject",
     "pairs": "Two subjects in one picture",
     "strength": "Strength",
+    "edits": "An attribute changed by the prompt",
     "identity": "identity (α), as a factor on the encoder's own",
+    "focus": "focus",
     "tokens": "Number of subject tokens (each number is an encoder of its own)",
     "views": "Number of reference pictures",
 }
 
 
-def write_report(results: dict[str, Rows]) -> None:
-    """Tables, raw figures and the plot under docs/. Parts that were not measured now stay as they are in the JSON."""
+def write_report(part: str, rows: Rows) -> None:
+    """Tables, raw figures and the plot under docs/, with a part measured anew; the others stay as the JSON has them."""
     docs = REPO / "docs"
     path = docs / "evaluation.json"
     known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    for part, rows in results.items():
-        known[part] = {
-            "subjects": len(next(iter(rows[0][1].right.values()))) if rows else 0,
-            "rows": [{"name": name, **{q: scores.interval(q) for q in scores.right}} for name, scores in rows],
-        }
+    known[part] = {
+        "subjects": len(next(iter(rows[0][1].right.values()))) if rows else 0,
+        "rows": [{"name": name, **{q: scores.interval(q) for q in scores.right}} for name, scores in rows],
+    }
+    known = {name: known[name] for name in PARTS if name in known}
     path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+    plot(known, docs / "images" / "evaluation.png")
+    (docs / "evaluation.md").write_text("\n".join(_page(known)) + "\n", "utf-8")
+    say(f"written: {docs / 'evaluation.md'}")
+
+
+def _page(known: dict[str, Any]) -> list[str]:
+    """docs/evaluation.md, line by line."""
     text = [
         "# The method, measured in the small world",
         "",
         "Made by `python scripts/evaluate.py`, from pictures sampled in ComfyUI through the nodes. Subjects are held",
         "out of every training, each with three seeds; the figures are shares that an independent probe finds right,",
         "with 95 % intervals over subjects.",
+        "",
+        "![Identity, alignment and separation of the methods](images/evaluation.png)",
     ]
     for part, entry in known.items():
         text += ["", f"## {TITLES[part]}", "", f"{entry['subjects']} subjects or pairs.", ""]
         text += _markdown(part, entry["rows"])
     text += [
         "",
-        "*exactly it*: all six attributes are the held-out figure's. *exactly a trained one*: all six are those of a",
-        "figure in the training pictures; they cover a third of all figures, so a wrong reading is one by chance too.",
+        "*edit*: the share of pictures with the attribute that the prompt gives the subject against its reference,",
+        "such as `a wheels below <robot>`; *identity* is then that of the other five. *exactly it*: all six attributes",
+        "are the held-out figure's. *exactly a trained one*: all six are those of a figure in the training pictures;",
+        "they cover two fifths of all figures, so a wrong one is one by chance too.",
     ]
-    if "strength" in known:
-        plot(known, docs / "images" / "evaluation.png")
-        text += ["", "![Identity against prompt alignment over strengths](images/evaluation.png)"]
-    (docs / "evaluation.md").write_text("\n".join(text) + "\n", "utf-8")
-    say(f"written: {docs / 'evaluation.md'}")
+    return text
 
 
 def _markdown(part: str, rows: list[dict[str, Any]]) -> list[str]:
     columns = ["identity", "alignment"]
     if part == "pairs":
         columns = ["own", "swapped", "neither", "alignment"]
+    elif part == "edits":
+        columns = ["edit", "identity", "alignment"]
     elif part == "table":
         import world
 
-        columns = ["identity", *world.ATTRIBUTES, "class", "scene", "style", "exactly it", "exactly a trained one"]
+        aligned = ["class", "scene", "style"]
+        columns = ["identity", "alignment", *world.ATTRIBUTES, *aligned, "exactly it", "exactly a trained one"]
     lines = [f"| | {' | '.join(c.replace('_', ' ') for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
         cells = []
         for column in columns:
             mean, low, high = row[column]
-            wide = column in ("identity", "alignment", "own", "swapped")
+            wide = column in ("identity", "alignment", "own", "swapped", "edit")
             cells.append(f"{mean:.2f} ({low:.2f} to {high:.2f})" if wide else f"{mean:.2f}")
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return lines
 
 
 def plot(known: dict[str, Any], path: Path) -> None:
-    """Identity against alignment, a curve over strengths per method."""
+    """Identity against alignment and a changed attribute, over strengths; whose attributes two subjects have."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import numpy as np
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.6), dpi=150)
     colours = {"nested": "#c2255c", "one_value": "#1971c2", "decoupled": "#e8590c"}
-    for method, colour in colours.items():
-        rows = [row for row in known["strength"]["rows"] if row["name"].startswith(METHODS[method])]
-        if rows:
-            x, y = ([row[q][0] for row in rows] for q in ("identity", "alignment"))
-            axes.plot(x, y, "o-", color=colour, label=METHODS[method], lw=2, ms=5)
-            for row, a, b in zip(rows, x, y, strict=True):
-                axes.annotate(row["name"].split()[-1], (a, b), (0, 6), textcoords="offset points", fontsize=7,
-                              color=colour, ha="center")  # fmt: skip
-    for row in known.get("table", {}).get("rows", []):
-        if row["name"] in (METHODS["none"], METHODS["described"]):
-            axes.plot(row["identity"][0], row["alignment"][0], "s", color="#495057", ms=6)
-            axes.annotate(row["name"], (row["identity"][0], row["alignment"][0]), (6, -12),
-                          textcoords="offset points", fontsize=8, color="#495057")  # fmt: skip
-    axes.set(xlabel="identity: attributes that are right", ylabel="alignment: class, scene and style that are right")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower left")
-    figure.tight_layout()
+    figure, (aligned, edited, apart) = plt.subplots(1, 3, figsize=(13, 4), dpi=110, layout="constrained")
+    for axes, part, asked in ((aligned, "strength", "alignment"), (edited, "edits", "edit")):
+        for method, colour in colours.items():
+            rows = [row for row in known.get(part, {}).get("rows", []) if row["name"].startswith(METHODS[method])]
+            if not rows:
+                continue
+            x, y = (np.array([row[q] for row in rows]).T for q in ("identity", asked))
+            axes.plot(x[0], y[0], "o-", color=colour, label=METHODS[method], lw=2, ms=5)
+            spread = {"xerr": np.abs(x[1:] - x[0]), "yerr": np.abs(y[1:] - y[0])}
+            axes.errorbar(x[0], y[0], **spread, fmt="none", ecolor=colour, alpha=0.25, lw=1)
+            for i, row in ((0, rows[0]), (-1, rows[-1])):
+                axes.annotate(row["name"].split()[-1], (x[0][i], y[0][i]), (0, -13), textcoords="offset points",
+                              fontsize=8, color=colour, ha="center")  # fmt: skip
+        axes.set(xlim=(0, 1.03), ylim=(0, 1.05))
+        axes.grid(alpha=0.25)
+    aligned.set(xlabel="identity", ylabel="class, scene and style as prompted", title="over strengths")
+    edited.set(xlabel="identity, the other five attributes", ylabel="attribute as prompted")
+    edited.set_title("the prompt changes an attribute")
+    aligned.legend(frameon=False, loc="lower left")
+    rows = known.get("pairs", {}).get("rows", [])[::-1]
+    left = np.zeros(len(rows))
+    for share, colour in (("own", "#2f9e44"), ("swapped", "#e03131"), ("neither", "#ced4da")):
+        width = np.array([row[share][0] for row in rows])
+        apart.barh(
+            [row["name"].replace(" in the", "\nin the") for row in rows], width, left=left, color=colour, label=share
+        )
+        left += width
+    apart.set(xlim=(0, 1), xlabel="attributes in which the two differ", title="two subjects in one picture")
+    apart.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.15))
+    for axes in (aligned, edited, apart):
+        axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

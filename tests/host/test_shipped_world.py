@@ -38,7 +38,7 @@ def _evaluation():
 
 evaluate = _evaluation()
 A_DOZEN = 12
-IDENTITY, ALIGNMENT = 0.33, 0.9  # what an early state of the weights clears, and the base model alone does not
+IDENTITY, ALIGNMENT = 0.75, 0.95  # what the evaluation finds is 0.88 and 1.00; without the node 0.18
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,7 @@ def names(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, names):
     work = tmp_path_factory.mktemp("small_world")
-    extension = _setup.link_pack(HOST, small_world.EXTENSION, small_world.DEMO / "comfyui")
-    only = [_setup.link_pack(HOST), extension]
-    with _setup.Server(HOST, work, models=names["models"], only=only) as running:
+    with _setup.Server(HOST, work, models=names["models"], only=small_world.link_packs(HOST)) as running:
         yield running
 
 
@@ -69,14 +67,15 @@ def test_a_dozen_subjects_keep_their_identity_and_obey_the_prompt(bench):
     without = bench.measure(evaluate.Condition("none"))
     nested = bench.measure(evaluate.Condition("nested", "nested"))
     # What the bounds are worth: the same pictures without the node miss the first by far.
-    assert mean(without, "identity") < IDENTITY - 0.03
+    assert mean(without, "identity") < IDENTITY / 2
     assert mean(nested, "identity") > IDENTITY
     assert mean(nested, "alignment") > ALIGNMENT
 
 
 def test_two_subjects_stay_apart(bench):
     scores = bench.measure(evaluate.Condition("nested", "nested", pair=True), 0.5)
-    assert mean(scores, "own") > mean(scores, "swapped") + 0.08
+    assert mean(scores, "own") > 0.65
+    assert mean(scores, "swapped") < 0.2
 
 
 def test_diffusers_makes_the_same_picture(server, names):
