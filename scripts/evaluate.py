@@ -2,7 +2,7 @@
 
     python scripts/evaluate.py                  everything; goes on where it stopped
     python scripts/evaluate.py --identities 8   quicker, wider intervals
-    python scripts/evaluate.py --only table     one part (or pairs, edits, strength, identity, focus, tokens, views)
+    python scripts/evaluate.py --only table     one part; the others' names: --help
 
 Subjects are held out of every training; each is sampled with three seeds. Writes docs/evaluation.md and .json, and
 docs/images/evaluation.png. Encoders: the shipped one, and those that `demo/train.py` left in its folder: `one_value`
@@ -414,6 +414,61 @@ def identity(bench: Bench) -> Rows:
     return [(f"α x {x:g}", bench.measure(bench.condition("nested", alpha=x), 0.5)) for x in IDENTITIES]
 
 
+def attention(bench: Bench) -> Rows:
+    """How much of each layer's attention the class word has, by what is drawn there: the bare base model, in diffusers.
+
+    Half noised pictures of held-out figures, whose parts are known; the mean over heads and places.
+    """
+    import numpy as np
+    import torch
+    from torch.nn import functional as F
+
+    import export
+    import models
+    import small_world
+    import world
+    from nested_core.attention import outer_probabilities, scaled_dot_product
+    from nested_core.hosts.diffusers import cross_attention
+
+    unet, text_encoder, codec = export.load_checkpoint(small_world.DEMO / "weights" / small_world.CHECKPOINT)
+    scheduler: Any = models.scheduler()
+    tokenizer, cases = models.tokenizer(), bench.cases(pair=False)
+    drawn = [world.render(c.figures, c.scene, c.style, random.Random(c.seed)) for c in cases]
+    texts = [world.prompt([figure.kind for figure in c.figures], c.scene, c.style) for c in cases]
+    ids = tokenizer(texts, padding="max_length", max_length=models.TEXT_LENGTH, return_tensors="pt").input_ids
+    words = [tokenizer(c.figures[0].kind).input_ids[1] for c in cases]
+    places = (ids == torch.tensor(words)[:, None]).int().argmax(1, keepdim=True)
+    seen: dict[int, torch.Tensor] = {}
+
+    class Watching:
+        def __init__(self, layer: int) -> None:
+            self.layer = layer
+
+        def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any, **kwargs: Any) -> Any:
+            q, k = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
+            shares = outer_probabilities(q, k, attn.heads, places).mean(1)[..., 0]
+            side = int(shares.shape[1] ** 0.5)
+            seen[self.layer] = F.interpolate(shares.view(-1, 1, side, side), size=world.SIZE)[:, 0]
+            return attn.to_out[0](scaled_dot_product(q, k, attn.to_v(encoder_hidden_states), attn.heads))
+
+    watching = {f"{name}.processor": Watching(i) for i, name in enumerate(cross_attention(unet))}
+    unet.set_attn_processor({**unet.attn_processors, **watching})
+    with torch.no_grad():
+        pixels = models.normalise(torch.from_numpy(np.stack([np.asarray(picture.image) for picture in drawn])))
+        latents = codec.encode(pixels).latents * codec.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        times = torch.full((len(cases),), 500)
+        unet(scheduler.add_noise(latents, noise, times), times, text_encoder(ids).last_hidden_state)
+    rows = []
+    for layer, name in enumerate(cross_attention(unet)):
+        scores = Scores()
+        for picture, shares in zip(drawn, seen[layer].numpy(), strict=True):
+            for part, number in {**world.PARTS, "background": 0}.items():
+                scores.add(part, float(shares[picture.regions == number].mean()))
+        rows.append((name.replace(".transformer_blocks.0.attn2", ""), scores))
+    return rows
+
+
 def tokens(bench: Bench) -> Rows:
     rows = []
     for count in TOKENS:
@@ -430,7 +485,7 @@ def views(bench: Bench) -> Rows:
 
 PARTS = {
     "table": table, "pairs": pairs, "edits": edits, "strength": strength, "identity": identity, "focus": focus,
-    "tokens": tokens, "views": views,
+    "tokens": tokens, "views": views, "attention": attention,
 }  # fmt: skip
 TITLES = {
     "table": "One subject",
@@ -441,6 +496,7 @@ TITLES = {
     "focus": "focus",
     "tokens": "Number of subject tokens (each number is an encoder of its own)",
     "views": "Number of reference pictures",
+    "attention": "Attention on the class word, by what is drawn there (base model, half noised)",
 }
 
 
@@ -490,6 +546,8 @@ def _markdown(part: str, rows: list[dict[str, Any]]) -> list[str]:
         columns = ["own", "swapped", "neither", "alignment"]
     elif part == "edits":
         columns = ["edit", "identity", "alignment"]
+    elif part == "attention":
+        columns = [name for name in rows[0] if name != "name"]
     elif part == "table":
         import world
 
@@ -501,7 +559,9 @@ def _markdown(part: str, rows: list[dict[str, Any]]) -> list[str]:
         for column in columns:
             mean, low, high = row[column]
             wide = column in ("identity", "alignment", "own", "swapped", "edit")
-            cells.append(f"{mean:.2f} ({low:.2f} to {high:.2f})" if wide else f"{mean:.2f}")
+            cells.append(
+                f"{mean:.2f} ({low:.2f} to {high:.2f})" if wide else f"{mean:.{3 if part == 'attention' else 2}f}"
+            )
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return lines
 
