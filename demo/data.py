@@ -15,6 +15,8 @@ from tqdm import tqdm
 import world
 from world import Figure
 
+PICTURES = 24_000  # of a whole training, drawn with its seed
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,8 @@ from nested_core.training import (  # noqa: E402
     VisionTower,
     train,
 )
+from shipped import CHECKPOINT, ENCODER, PROBE, VISION, WEIGHTS  # noqa: E402
 
-WEIGHTS = HERE / "weights"
-CHECKPOINT, VISION = "small_world.safetensors", "small_world_vision.safetensors"
-ENCODER, PROBE = "small_world_nested.safetensors", "small_world_probe.safetensors"
-PICTURES = 24_000
 PORTRAITS = 24_000
 FIGURE_WEIGHT, PART_WEIGHT = 3.0, 9.0  # in a loss; the background weighs 1
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -108,7 +105,7 @@ class Run:
         return max(64, round(pictures * self.scale))
 
     def pictures(self) -> data.Pictures:
-        return data.pictures(self.folder, "pictures", self.count(PICTURES), self.seed)
+        return data.pictures(self.folder, "pictures", self.count(data.PICTURES), self.seed)
 
     def unseen(self) -> data.Pictures:
         """Pictures of held-out figures."""
@@ -175,35 +172,38 @@ class Run:
         """Scaled latents of `pictures`, (N, 16, 16, 16) float16, encoded once."""
         shown, codec = self.pictures(), self.codec()
         shape = (len(shown), models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
-        path = self.folder / "latents.f16"
-        if not path.is_file():
-            partial = path.with_suffix(".part")
-            made = np.memmap(partial, np.float16, "w+", shape=shape)
-            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
-                for at in _batches(len(shown), 64, "encoding pictures"):
-                    encoded = codec.encode(self.pixels(shown.pixels, at)).latents
-                    made[at] = (encoded.float() * codec.config.scaling_factor).cpu().numpy()
-            made.flush()
-            del made  # an open map can't be renamed on Windows
-            partial.rename(path)
-        return np.memmap(path, np.float16, "r", shape=shape)
+
+        def encode(at: list[int]) -> Tensor:
+            return codec.encode(self.pixels(shown.pixels, at)).latents.float() * codec.config.scaling_factor
+
+        return self.made_once("latents.f16", np.float16, shape, encode)
 
     def decoded(self, count: int = 6000) -> np.ndarray:
         """The first pictures as they come out of the codec, uint8 (N, 128, 128, 3): what the probe will be shown."""
         latents, codec = self.latents(), self.codec()
         count = min(self.count(count), len(latents))
         shape = (count, world.SIZE, world.SIZE, 3)
-        path = self.folder / "decoded.u8"
+
+        def decode(at: list[int]) -> Tensor:
+            return self.decode(codec, torch.from_numpy(latents[at])).permute(0, 2, 3, 1)
+
+        return self.made_once("decoded.u8", np.uint8, shape, decode)
+
+    def made_once(
+        self, name: str, dtype: type, shape: tuple[int, ...], make: Callable[[list[int]], Tensor]
+    ) -> np.ndarray:
+        """The array of a file; where it is not there yet, `make` makes the rows at given places."""
+        path = self.folder / name
         if not path.is_file():
             partial = path.with_suffix(".part")
-            made = np.memmap(partial, np.uint8, "w+", shape=shape)
+            made = np.memmap(partial, dtype, "w+", shape=shape)
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
-                for at in _batches(count, 64, "decoding pictures"):
-                    made[at] = self.decode(codec, torch.from_numpy(latents[at])).permute(0, 2, 3, 1).cpu().numpy()
+                for at in _batches(shape[0], 64, f"making {name}"):
+                    made[at] = make(at).cpu().numpy()
             made.flush()
             del made  # an open map can't be renamed on Windows
             partial.rename(path)
-        return np.memmap(path, np.uint8, "r", shape=shape)
+        return np.memmap(path, dtype, "r", shape=shape)
 
     def decode(self, codec: torch.nn.Module, latents: Tensor) -> Tensor:
         """Scaled latents (B, 16, h, w) -> uint8 pictures (B, 3, 8h, 8w)."""
@@ -278,11 +278,14 @@ class Run:
         if self.warm or "base" in self.shipped:
             base.unet, base.text_encoder, _ = export.load_checkpoint(WEIGHTS / CHECKPOINT)
             base.requires_grad_(True).to(self.device)
+        if self.device.type == "cpu":
+            # The fused attention's backward pass is slow there: written out, a training step takes two thirds.
+            base.unet.set_attn_processor(AttnProcessor())
+            base.text_encoder.set_attn_implementation("eager")
         if "base" in self.shipped:
             return base.eval().requires_grad_(False)
         shown, latents, codec, probe = self.pictures(), self.latents(), self.codec(), self.probe()
         scheduler, unet = models.scheduler(), base.unet
-        self.write_out_attention(base)
         if self.compiled:
             unet = torch.compile(base.unet)
 
@@ -319,14 +322,8 @@ class Run:
             return figures | {f"described {name}": told[name] for name in ("identity", *world.ATTRIBUTES)}
 
         fit("base", self.folder, base, loss, self.steps("base"), lr=1e-3, seed=self.seed + 20, log=self.log,
-                   ema=0.9995, warmup=300, note=note, note_every=1000)  # fmt: skip
+            ema=0.9995, warmup=300, note=note, note_every=1000)  # fmt: skip
         return base
-
-    def write_out_attention(self, base: Base) -> None:
-        """On a CPU the fused attention's backward pass is slow: written out, a training step takes two thirds."""
-        if self.device.type == "cpu":
-            base.unet.set_attn_processor(AttnProcessor())
-            base.text_encoder.set_attn_implementation("eager")
 
     def qformer(self, tokens: int = 16) -> Path:
         """A nested encoder whose Q-Former learned to tell attributes; its K̈ / V̈ layers know nothing yet."""
@@ -375,7 +372,6 @@ class Run:
         if match["tokens"]:
             settings = replace(settings, tokens=int(match["tokens"]))
         base, tower, codec = self.base(), self.vision(), self.codec()
-        self.write_out_attention(base)  # of the cross-attention the training takes care itself
         if self.compiled:
             for module in base.unet.modules():
                 if isinstance(module, (ResnetBlock2D, FeedForward)):

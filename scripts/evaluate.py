@@ -40,6 +40,7 @@ METHODS = {
     "decoupled": "decoupled attention",
     "nested": "nested attention",
 }
+WITHOUT_SUBJECT = ("none", "described")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 IDENTITIES = (0.25, 0.5, 0.75, 1.0, 1.25)  # of the encoder's own α
 FOCUS = (1.0, 1.5, 2.0, 3.0)
@@ -143,17 +144,13 @@ def provide_encoders(run: Path, folder: Path) -> dict[str, str]:
 
     The decoupled baseline is no file that Load Nested Encoder opens: here it is written as one, for the baseline node.
     """
-    import sys
-
-    import small_world
-
-    sys.path[:0] = [path for path in (str(REPO),) if path not in sys.path]
     import export
+    import shipped
     from nested_core.checkpoint import write_encoder
     from nested_core.training import load_trained
 
-    base = export.fingerprint(export.load_checkpoint(small_world.DEMO / "weights" / small_world.CHECKPOINT)[0])
-    found = {"nested": small_world.ENCODER}
+    base = export.fingerprint(export.load_checkpoint(shipped.WEIGHTS / shipped.CHECKPOINT)[0])
+    found = {"nested": shipped.ENCODER}
     for file in sorted(run.glob("*/encoder.safetensors")):
         name = file.parent.name
         if name == "nested":
@@ -178,15 +175,13 @@ class Bench:
         self, server: Server, names: dict[str, str], encoders: dict[str, str], identities: int, seeds: int = 3
     ) -> None:
         """encoders: files by name. identities: held-out subjects. seeds: pictures per subject and condition."""
-        import sys
-
-        sys.path[:0] = [path for path in (str(REPO),) if path not in sys.path]
         import data
         import models
+        import shipped
 
         self.server, self.names, self.encoders = server, names, encoders
         self.identities, self.seeds = identities, seeds
-        self.probe = models.load_probe(REPO / "demo" / "weights" / "small_world_probe.safetensors")
+        self.probe = models.load_probe(shipped.WEIGHTS / shipped.PROBE)
         # Pictures are kept for what made them: the models, our code, and the graph.
         sources = [
             *(path for path in (REPO / "nested_core").rglob("*.py") if "training" not in path.parts),
@@ -194,12 +189,12 @@ class Bench:
             *(REPO / "demo" / "comfyui").glob("*.py"),
             *(REPO / "demo" / name for name in ("world.py", "models.py")),
         ]
-        shipped = [path for path in (REPO / "demo" / "weights").glob("*.safetensors") if "probe" not in path.name]
+        weights = [path for path in shipped.WEIGHTS.glob("*.safetensors") if path.name != shipped.PROBE]
         digest = hashlib.sha256()
-        for path in sorted([*sources, *shipped]):
+        for path in sorted([*sources, *weights]):
             digest.update(path.read_bytes())
         self.stamp = digest.hexdigest()
-        self.trained = {(f.kind, *f.identity) for f in data.drawn_figures(24_000, 0)}
+        self.trained = {(f.kind, *f.identity) for f in data.drawn_figures(data.PICTURES, 0)}
 
     def cases(self, pair: bool, share: float = 1.0) -> list[Case]:
         """The same for every condition; a share of them is the first ones."""
@@ -260,7 +255,7 @@ class Bench:
         if condition.method == "described":
             named = [replace(s, class_word=f.words()) for s, f in zip(shown, case.figures, strict=True)]
             prompt = small_world.prompt(named, case.scene, case.style, bound=False)
-        subjects: Sequence[Shown] = () if condition.method in ("none", "described") else shown
+        subjects: Sequence[Shown] = () if condition.method in WITHOUT_SUBJECT else shown
         names = {**self.names, "encoder_name": self.encoders.get(condition.encoder, "")}
         graph = subject_graph(names, prompt, subjects, seed=case.seed, batch=self.seeds, prefix="evaluation/picture")
         graph = {key: value for key, value in graph.items() if not key.startswith("seen")}
@@ -347,10 +342,10 @@ class Bench:
 
     def methods(self) -> list[str]:
         """Those of METHODS that can be measured."""
-        return [name for name in METHODS if name in ("none", "described") or name in self.encoders]
+        return [name for name in METHODS if name in WITHOUT_SUBJECT or name in self.encoders]
 
     def condition(self, method: str, **changes: Any) -> Condition:
-        return Condition(method, "" if method in ("none", "described") else method, **changes)
+        return Condition(method, "" if method in WITHOUT_SUBJECT else method, **changes)
 
 
 def _decouple(graph: Graph, subjects: int) -> None:
@@ -388,20 +383,20 @@ def pairs(bench: Bench) -> Rows:
 
 
 def strength(bench: Bench) -> Rows:
-    rows = []
-    for method in [m for m in bench.methods() if m not in ("none", "described")]:
-        for value in STRENGTHS:
-            scores = bench.measure(bench.condition(method, strength=value), 0.5)
-            rows.append((f"{METHODS[method]}, strength {value:g}", scores))
-    return rows
+    return _over_strengths(bench, STRENGTHS)
 
 
 def edits(bench: Bench) -> Rows:
     """An attribute that the prompt gives in words against the reference picture's: obeyed, and the others kept?"""
-    rows = [(METHODS["none"], bench.measure(bench.condition("none", edit=True), 0.5))]
-    for method in [m for m in bench.methods() if m not in ("none", "described")]:
-        for value in EDITS:
-            scores = bench.measure(bench.condition(method, strength=value, edit=True), 0.5)
+    without = (METHODS["none"], bench.measure(bench.condition("none", edit=True), 0.5))
+    return [without, *_over_strengths(bench, EDITS, edit=True)]
+
+
+def _over_strengths(bench: Bench, strengths: Sequence[float], **changes: Any) -> Rows:
+    rows = []
+    for method in [m for m in bench.methods() if m not in WITHOUT_SUBJECT]:
+        for value in strengths:
+            scores = bench.measure(bench.condition(method, strength=value, **changes), 0.5)
             rows.append((f"{METHODS[method]}, strength {value:g}", scores))
     return rows
 
@@ -425,12 +420,12 @@ def attention(bench: Bench) -> Rows:
 
     import export
     import models
-    import small_world
+    import shipped
     import world
     from nested_core.attention import outer_probabilities, scaled_dot_product
     from nested_core.hosts.diffusers import cross_attention
 
-    unet, text_encoder, codec = export.load_checkpoint(small_world.DEMO / "weights" / small_world.CHECKPOINT)
+    unet, text_encoder, codec = export.load_checkpoint(shipped.WEIGHTS / shipped.CHECKPOINT)
     scheduler: Any = models.scheduler()
     tokenizer, cases = models.tokenizer(), bench.cases(pair=False)
     drawn = [world.render(c.figures, c.scene, c.style, random.Random(c.seed)) for c in cases]

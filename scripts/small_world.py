@@ -19,20 +19,17 @@ from _graphs import Shown
 from _setup import REPO, SetupError
 
 DEMO = REPO / "demo"
-if str(DEMO) not in sys.path:
-    sys.path.append(str(DEMO))
+sys.path += [str(folder) for folder in (DEMO, REPO) if str(folder) not in sys.path]
 
 import world  # noqa: E402
+from shipped import CHECKPOINT, ENCODER, VISION, WEIGHTS  # noqa: E402
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SIZE = world.SIZE
 EXTENSION = "nested-attention-small-world"
-CHECKPOINT = "small_world.safetensors"
-CLIP_VISION = "small_world_vision.safetensors"
-ENCODER = "small_world_nested.safetensors"
-_FOLDERS = {CHECKPOINT: "checkpoints", CLIP_VISION: "clip_vision", ENCODER: "nested_attention"}
+_FOLDERS = {CHECKPOINT: "checkpoints", VISION: "clip_vision", ENCODER: "nested_attention"}
 
 
 def link_packs(host: Path) -> list[str]:
@@ -40,7 +37,7 @@ def link_packs(host: Path) -> list[str]:
     return [_setup.link_pack(host), _setup.link_pack(host, EXTENSION, DEMO / "comfyui")]
 
 
-def provide_models(models: Path, weights: Path = DEMO / "weights") -> dict[str, str]:
+def provide_models(models: Path, weights: Path = WEIGHTS) -> dict[str, str]:
     """Puts the shipped models into the folders of a ComfyUI models folder, where they are not there as shipped.
 
     This is the one place that says which models the quickstart uses. Returns their names by the graph's input.
@@ -55,7 +52,7 @@ def provide_models(models: Path, weights: Path = DEMO / "weights") -> dict[str, 
         temporary = placed.with_suffix(".part")
         shutil.copyfile(shipped, temporary)
         os.replace(temporary, placed)
-    return {"ckpt_name": CHECKPOINT, "clip_name": CLIP_VISION, "encoder_name": ENCODER}
+    return {"ckpt_name": CHECKPOINT, "clip_name": VISION, "encoder_name": ENCODER}
 
 
 def held_out_figures(seed: int, count: int, kind: str | None = None) -> list[world.Figure]:

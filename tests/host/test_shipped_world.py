@@ -18,6 +18,7 @@ import _graphs
 import _setup
 import export
 import models
+import shipped
 import small_world
 from nested_core.checkpoint import load_encoder
 from nested_core.hosts.diffusers import BoundSubject, nested_attention
@@ -56,7 +57,7 @@ def server(tmp_path_factory, names):
 
 @pytest.fixture(scope="module")
 def bench(server, names):
-    return evaluate.Bench(server, names, {"nested": small_world.ENCODER}, A_DOZEN, seeds=1)
+    return evaluate.Bench(server, names, {"nested": shipped.ENCODER}, A_DOZEN, seeds=1)
 
 
 def mean(scores, name):
@@ -102,10 +103,9 @@ def picture(file: Path) -> torch.Tensor:
 
 def in_diffusers(reference, shown, prompt, *, seed, steps, cfg):
     """The same subject, prompt and sampler (Euler on the "normal" schedule) in diffusers: a picture as it is saved."""
-    weights = small_world.DEMO / "weights"
-    unet, text_encoder, codec = export.load_checkpoint(weights / small_world.CHECKPOINT)
-    tower = export.load_vision(weights / small_world.CLIP_VISION)
-    encoder = load_encoder(weights / small_world.ENCODER, dtype=torch.float32)
+    unet, text_encoder, codec = export.load_checkpoint(shipped.WEIGHTS / shipped.CHECKPOINT)
+    tower = export.load_vision(shipped.WEIGHTS / shipped.VISION)
+    encoder = load_encoder(shipped.WEIGHTS / shipped.ENCODER, dtype=torch.float32)
     seen = prepare(reference[None], size=models.VISION_SIZE).mul(255).round().div(255)
     features = tower(seen.permute(0, 3, 1, 2) * 2 - 1, output_hidden_states=True).hidden_states[-2]
     subject = encoder.encode(features)
