@@ -41,6 +41,7 @@ import export  # noqa: E402
 import models  # noqa: E402
 import world  # noqa: E402
 from fit import fit  # noqa: E402
+from nested_core.attention import VALUE_NORMS  # noqa: E402
 from nested_core.checkpoint import load_encoder, read_encoder, write_encoder  # noqa: E402
 from nested_core.encoder import NestedEncoder  # noqa: E402
 from nested_core.training import (  # noqa: E402
@@ -64,7 +65,10 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "one_value": {"tokens": 1},
     "decoupled": {"method": "decoupled", "value_norm": "none", "alpha": 1.0, "learn_alpha": False},
 }
-ENCODER_NAME = re.compile(rf"(?P<method>{'|'.join(ENCODERS)})(_(?P<tokens>\d+)_tokens)?(_seed(?P<seed>\d+))?")
+ENCODER_NAME = re.compile(
+    rf"(?P<method>{'|'.join(ENCODERS)})(_(?P<tokens>\d+)_tokens)?(_(?P<norm>{'|'.join(VALUE_NORMS)})_norm)?"
+    r"(_(?P<steps>\d+)_steps)?(_seed(?P<seed>\d+))?"
+)
 SHIPPED = ("codec", "vision", "probe", "base")
 STEPS = {"codec": 1400, "vision": 2000, "qformer": 1000, "probe": 2200, "base": 10000, "encoder": 1500}
 
@@ -364,13 +368,16 @@ class Run:
     def encoder(self, name: str) -> Path:
         """Trains an encoder with the pack's own training code; returns its file.
 
-        name: a method of ENCODERS, with "_<N>_tokens" and "_seed<S>" for others than 16 tokens and seed 0.
+        name: a method of ENCODERS, with "_<N>_tokens", "_<value_norm>_norm", "_<N>_steps" and "_seed<S>", in this
+        order, for others than 16 tokens, the method's own value_norm, 1,500 steps and seed 0.
         """
         match = ENCODER_NAME.fullmatch(name)
         assert match
         settings = models.encoder_settings(**ENCODERS[match["method"]])
         if match["tokens"]:
             settings = replace(settings, tokens=int(match["tokens"]))
+        if match["norm"]:  # without a norm to match, α would be a second scale of V̈
+            settings = replace(settings, value_norm=match["norm"], learn_alpha=match["norm"] != "none")
         base, tower, codec = self.base(), self.vision(), self.codec()
         if self.compiled:
             for module in base.unet.modules():
@@ -382,7 +389,7 @@ class Run:
         )  # fmt: skip
         config = TrainingConfig(
             output=str(self.folder / name),
-            steps=self.steps("encoder"),
+            steps=max(2, round(int(match["steps"] or STEPS["encoder"]) * self.scale)),
             batch_size=32,
             precision="bf16",
             seed=self.seed + int(match["seed"] or 0),
@@ -599,7 +606,8 @@ def main() -> None:
         "--stage",
         type=_stage,
         help=f"only this stage and those it needs: one of {', '.join(STAGES)}, pipeline (files for the training's "
-        "command line), or an encoder with another number of tokens or seed, such as nested_4_tokens_seed1",
+        "command line), or an encoder with another number of tokens, value_norm, number of steps or seed, such as "
+        "nested_4_tokens_seed1 or nested_none_norm_3000_steps",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
