@@ -117,17 +117,27 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor
     return merge_heads(F.scaled_dot_product_attention(qh, kh, vh, mask))
 
 
-def outer_probabilities(q: Tensor, k: Tensor, heads: int, places: Tensor) -> Tensor:
-    """a_s(q): the outer attention's probability of the tokens at `places`, (P,) or (B, P); fp32 (B, H, Q, P).
+def one_hot_values(places: Tensor, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Values whose attention is the probability of the tokens at `places`: (T, width), or (B, T, width) for (B, P).
 
-    A place of -1 has the probability 0.
+    Column i is 1 at place i; columns beyond P, and those of a place of -1, are 0. P must not exceed `width`.
+    """
+    columns = F.pad(places, (0, width - places.shape[-1]), value=-1)
+    return (torch.arange(tokens, device=places.device)[:, None] == columns[..., None, :]).to(dtype)
+
+
+def outer_probabilities(q: Tensor, k: Tensor, heads: int, places: Tensor, one_hot: Tensor | None = None) -> Tensor:
+    """a_s(q): the outer attention's probability of the tokens at `places`, (P,) or (B, P); (B, Q, H, P) in q's type.
+
+    A place of -1 has the probability 0. `one_hot`: `one_hot_values` of these places, of a head's width, where the
+    caller has them already.
 
     Attention over one-hot values *is* the probability. So it runs in the fused kernels, whose softmax statistics are
     fp32 for every input type, and does not build the (B, H, Q, T) matrix.
     """
     qh, kh = split_heads(q, heads), split_heads(k, heads)
     if _written_out(q):
-        prob = _probabilities(qh, kh)
+        prob = _probabilities(qh, kh).transpose(1, 2)
         if places.ndim == 1:
             return prob.index_select(-1, places)
         at = places.clamp_min(0)[:, None, None].expand(*prob.shape[:3], -1)
@@ -136,13 +146,12 @@ def outer_probabilities(q: Tensor, k: Tensor, heads: int, places: Tensor) -> Ten
     columns = []
     # Kernels want values as wide as keys: that many places per call. One call in practice.
     for part in places.split(head_dim, dim=-1):
-        padded = F.pad(part, (0, head_dim - part.shape[-1]), value=-1)
-        one_hot = torch.arange(tokens, device=k.device)[:, None] == padded[..., None, :]  # (T, d) or (B, T, d)
-        if places.ndim == 2:
-            one_hot = one_hot[:, None]
-        values = one_hot.to(k.dtype).expand(*kh.shape[:2], -1, -1)
-        columns.append(F.scaled_dot_product_attention(qh, kh, values)[..., : part.shape[-1]])
-    return torch.cat(columns, dim=-1).to(_statistics(q))
+        values = one_hot_values(part, tokens, head_dim, k.dtype) if one_hot is None else one_hot
+        if values.ndim == 3:
+            values = values[:, None]
+        prob = F.scaled_dot_product_attention(qh, kh, values.expand(*kh.shape[:2], -1, -1))
+        columns.append(prob[..., : part.shape[-1]].transpose(1, 2))
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
 
 
 def _at(x: Tensor, places: Tensor) -> Tensor:
@@ -152,32 +161,46 @@ def _at(x: Tensor, places: Tensor) -> Tensor:
     return x.gather(1, places.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _value_scale(term: NestedTerm, nested: Tensor, replaced: Tensor, heads: int) -> Tensor:
-    """Equation (4): the factor on v*_q for each place; fp32, broadcastable to (B, H, Q, P).
+def _norms(x: Tensor) -> Tensor:
+    """(..., C) -> (...), in the type of `_statistics`."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=_statistics(x))
 
-    nested: v*_q before rescaling (B, Q, C). replaced: V at the bound places (B, P, C).
+
+def _sum_places(x: Tensor) -> Tensor:
+    """(B, Q, H, P) -> (B, Q, H, 1). With one place, which is the rule, there is nothing to add up."""
+    return x if x.shape[-1] == 1 else x.sum(-1, keepdim=True)
+
+
+def _rescaled(term: NestedTerm, share: Tensor, nested: Tensor, replaced: Tensor) -> Tensor:
+    """Equation (4): Σ over the places of `share` times the factor on v*_q; (B, Q, H, 1).
+
+    share: a_s(q) of the bound places (B, Q, H, P). nested: v*_q before rescaling (B, Q, H, d). replaced: V at the
+    bound places (B, P, H, d).
     """
     if term.value_norm == "none":
-        return torch.ones((), device=nested.device)
-
-    def norms(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=-1, dtype=_statistics(x))
-
+        return _sum_places(share)
     if term.value_norm == "match":
-        norm = norms(nested)[:, None, :, None]  # (B, 1, Q, 1)
-        target = norms(replaced)[:, None, None, :]  # (B, 1, 1, P)
+        norm = _norms(nested.flatten(2))[:, :, None, None]  # (B, Q, 1, 1)
+        target = _norms(replaced.flatten(2))[:, None, None, :]  # (B, 1, 1, P)
     else:
-        norm = norms(split_heads(nested, heads))[..., None]  # (B, H, Q, 1)
+        norm = _norms(nested)[..., None]  # (B, Q, H, 1)
+        target = _norms(replaced).transpose(1, 2)[:, None]  # (B, 1, H, P)
         if term.value_norm == "unit":
-            target = torch.ones((), device=nested.device)
-        else:
-            target = norms(split_heads(replaced, heads))[:, :, None, :]  # (B, H, 1, P)
+            target = torch.ones_like(target)
     # A v* of nothing (an untrained layer, a dead head) has no direction to rescale: it stays nothing.
-    return torch.where(norm > 0, term.alpha * target / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0)
+    norm = F.threshold(norm, 0.0, torch.inf)
+    return _sum_places(share * (term.alpha * target)) / norm
 
 
 def nested_delta(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, terms: Sequence[NestedTerm], attend: Attend = scaled_dot_product
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    terms: Sequence[NestedTerm],
+    attend: Attend = scaled_dot_product,
+    into: Tensor | None = None,
+    one_hot: Tensor | None = None,
 ) -> Tensor:
     """What the subjects add to a cross-attention layer's output (equations 1 to 4, fused).
 
@@ -187,46 +210,50 @@ def nested_delta(
         heads: H; C must be a multiple of it.
         terms: the subjects, each with its own places (a place belongs to one subject).
         attend: the attention that computes equation (1); see `Attend`.
+        into: the layer's own attention output (B, Q, C), before its output projection: the sum is added to it in
+            place, and it is what comes back. None: the sum alone comes back.
+        one_hot: `one_hot_values` of all terms' places in order, of a head's width, where the caller has them already.
 
     Returns:
-        (B, Q, C) in q's type, to be added to the layer's own attention output, before its output projection.
+        (B, Q, C), in the type of `into` or of q.
     """
     every = [term.places for term in terms]
+    assert every, "terms is empty"
     if any(places.ndim == 2 for places in every):
         every = [places.expand(q.shape[0], -1) for places in every]
-    places = torch.cat(every, dim=-1)
+    places = every[0] if len(every) == 1 else torch.cat(every, dim=-1)
     counts = [term.places.shape[-1] for term in terms]
-    prob = outer_probabilities(q, k, heads, places)  # a_s, (B, H, Q, P)
-
-    # w per place: strength times the spatial weight, broadcastable to (B, H, Q, P).
-    weights = [
-        torch.full((), term.strength, device=q.device)
-        if term.spatial is None
-        else term.strength * term.spatial.to(prob.dtype)[:, None, :, None]
-        for term in terms
-    ]
+    prob = outer_probabilities(q, k, heads, places, one_hot)  # a_s, (B, Q, H, P)
+    replaced = _at(v, places).unflatten(-1, (heads, -1))  # V[s], (B, P, H, d)
+    total = torch.zeros_like(q) if into is None else into
+    by_head = total.unflatten(-1, (heads, -1))  # (B, Q, H, d)
+    spatial = [None if term.spatial is None else term.spatial[:, :, None, None] for term in terms]  # (B, Q, 1, 1)
 
     if all(term.focus == 1 for term in terms):
-        raised, remainder, delta = prob, None, None
+        raised = prob
     else:
-        qh, kh = (split_heads(x, heads).to(prob.dtype) for x in (q, _at(k, places)))
-        logits = qh @ kh.transpose(-1, -2) * qh.shape[-1] ** -0.5  # l_s, (B, H, Q, P)
+        prob = prob.to(_statistics(q))
+        qh, kh = (x.to(prob.dtype).unflatten(-1, (heads, -1)) for x in (q, _at(k, places)))
+        logits = torch.einsum("bqhd,bphd->bqhp", qh, kh) * qh.shape[-1] ** -0.5  # l_s
         if places.ndim == 2:
             logits = logits.masked_fill((places < 0)[:, None, None], 0)
         gain = torch.cat(
             [
-                torch.exp(weight * torch.relu((term.focus - 1) * part))
-                for term, weight, part in zip(terms, weights, logits.split(counts, dim=-1), strict=True)
+                torch.exp(term.strength * (1 if at is None else at) * torch.relu((term.focus - 1) * part))
+                for term, at, part in zip(terms, spatial, logits.split(counts, dim=-1), strict=True)
             ],
             dim=-1,
         )  # e^Δ_s
         r = 1 / (1 + (prob * (gain - 1)).sum(-1, keepdim=True))
-        raised, remainder = r * prob * gain, r * prob * (gain - 1)  # a'_s, and what the raised logit alone adds
-        own = split_heads(attend(q, k, v, heads, None), heads)
-        delta = merge_heads((r - 1).to(q.dtype) * own)
+        raised = r * prob * gain  # a'_s
+        own = attend(q, k, v, heads, None).unflatten(-1, (heads, -1))
+        by_head.addcmul_(own, r - 1)
+        louder = r * prob * (gain - 1)  # what the raised logit alone adds of V[s]
+        for p in range(places.shape[-1]):
+            by_head.addcmul_(replaced[:, p, None], louder[..., p, None])
 
     start = 0
-    for term, weight, count in zip(terms, weights, counts, strict=True):
+    for term, at, count in zip(terms, spatial, counts, strict=True):
         here = slice(start, start + count)
         start += count
         key, value = (x.expand(q.shape[0], -1, -1) for x in (term.key, term.value))
@@ -234,14 +261,9 @@ def nested_delta(
         if term.log_weights is not None:
             mask = term.log_weights.to(q.dtype)
             mask = (mask if mask.ndim == 1 else mask[:, None]).expand(q.shape[0], q.shape[1], -1)
-        nested = attend(q, key, value, heads, mask)  # (1), (B, Q, C)
-        replaced = _at(v, term.places)  # V[s], (B, P, C)
-
-        swap = raised[..., here] * weight  # a'_s w
-        gained = (swap * _value_scale(term, nested, replaced, heads)).sum(-1, keepdim=True)  # (4), (B, H, Q, 1)
-        lost = swap if remainder is None else swap - remainder[..., here]
-        part = gained.to(q.dtype) * split_heads(nested, heads) - lost.to(q.dtype) @ split_heads(replaced, heads)
-        part = merge_heads(part)
-        delta = part if delta is None else delta + part
-    assert delta is not None, "terms is empty"
-    return delta
+        nested = attend(q, key, value, heads, mask).unflatten(-1, (heads, -1))  # (1), (B, Q, H, d)
+        share = raised[..., here] if at is None else raised[..., here] * at  # a'_s, where the subject acts
+        by_head.addcmul_(nested, _rescaled(term, share, nested, replaced[:, here]), value=term.strength)  # (4)
+        for p in range(count):
+            by_head.addcmul_(replaced[:, start - count + p, None], share[..., p, None], value=-term.strength)
+    return total

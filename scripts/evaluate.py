@@ -441,7 +441,7 @@ def attention(bench: Bench) -> Rows:
 
         def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any, **kwargs: Any) -> Any:
             q, k = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
-            shares = outer_probabilities(q, k, attn.heads, places).mean(1)[..., 0]
+            shares = outer_probabilities(q, k, attn.heads, places).float().mean(2)[..., 0]
             side = int(shares.shape[1] ** 0.5)
             seen[self.layer] = F.interpolate(shares.view(-1, 1, side, side), size=world.SIZE)[:, 0]
             return attn.to_out[0](scaled_dot_product(q, k, attn.to_v(encoder_hidden_states), attn.heads))

@@ -33,7 +33,7 @@ from comfy.hooks import EnumHookType
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..attention import NestedTerm, ValueNorm, nested_delta, scaled_dot_product
+from ..attention import Attend, NestedTerm, ValueNorm, nested_delta, one_hot_values, scaled_dot_product
 from ..checkpoint import load_encoder
 from ..encoder import EncoderConfig, NestedEncoder
 from ..errors import NestedAttentionError
@@ -111,7 +111,8 @@ def load_host_encoder(path: str, name: str, **overrides: Any) -> HostEncoder:
     else:
         dtype = torch.float32
     module = load_encoder(path, operations=comfy.ops.manual_cast, dtype=dtype, **overrides)
-    patcher = comfy.model_patcher.ModelPatcher(
+    # The host's own choice of patcher: with dynamic VRAM, weights come to the device as they are used.
+    patcher = comfy.model_patcher.CoreModelPatcher(
         module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
     )
     log.info("%s: %s", name, module.config.title)
@@ -236,6 +237,8 @@ def _sampling_run(guider: Any, applications: tuple[Application, ...]) -> Iterato
     )
     mentioned = _check_mentioned(texts, applications, elsewhere)
     applications = tuple(a for a in applications if elsewhere or a.placeholder.key in mentioned)
+    # Sums are rounded in some order: with one of its own the picture does not depend on that of the nodes.
+    applications = tuple(sorted(applications, key=lambda a: a.placeholder.key))
     if not applications:
         yield
         return
@@ -362,6 +365,14 @@ class _Part:
     tile: bool
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """A part of a batch that mentions active subjects. places: {application: its indexes on the text axis}."""
+
+    part: _Part
+    places: dict[int, tuple[int, ...]]
+
+
 def _clipped(area: Sequence[int], grid: tuple[int, int]) -> tuple[int, int, int, int]:
     """An area (h, w, y, x) without what lies outside of the picture, as the host samples it."""
     h, w, y, x = area
@@ -390,16 +401,21 @@ class _Run:
         self.regions: dict[Any, _Text] = {}  # texts by where they stand in a batch that another pack arranged
 
     def load(self) -> None:
-        """Compute K̈ and V̈ of every subject, once for the run."""
+        """Compute K̈ and V̈ of every subject, once for the run.
+
+        Before the host loads the model: it may then put the encoder aside for it, and sees the room that K̈ and V̈
+        take. So the encoder is none of the model's additional models, which stay as long as the model.
+        """
         model = self.model.model
         dtype = model.get_dtype_inference() if hasattr(model, "get_dtype_inference") else model.get_dtype()
         for application in self.applications:
             encoder, subject = application.source.encoder, application.source.subject
-            comfy.model_management.load_models_gpu([encoder.patcher])
-            module, device = encoder.module, encoder.patcher.load_device
             tokens, weights = subject.tokens, subject.token_weights
             if weights is not None:
                 tokens, weights = tokens[:, weights > 0], weights[weights > 0]
+            room = 2 * tokens.shape[1] * sum(layer.width for layer in self.layers) * dtype.itemsize
+            comfy.model_management.load_models_gpu([encoder.patcher], memory_required=room)
+            module, device = encoder.module, encoder.patcher.load_device
             tokens = tokens.to(device, next(module.parameters()).dtype)
             pairs: list[tuple[Tensor, Tensor] | None] = []
             for layer, weight in zip(self.layers, application.layer_weights, strict=True):
@@ -572,21 +588,21 @@ class _Run:
 
     # -- in the layers ------------------------------------------------------------------------------------------
 
-    def bound_rows(self, call: _Call, parts: list[_Part], text_length: int, device: torch.device) -> list[_Bound]:
-        """The parts that mention an active subject, with the places on the device of the layer.
+    def bound_rows(self, call: _Call, parts: list[_Part], text_length: int) -> list[_Bound]:
+        """The parts that mention an active subject.
 
         text_length: rows of text that the batch has. The host repeats shorter prompts to the least common multiple of
         the batch; what is longer still was appended by somebody else and is not text.
         """
         bound = []
         for part in parts:
-            places = {}
-            for i, rows in self._bound(call.step, part).items():
-                everywhere = tuple(start + row for start in range(0, text_length, part.length) for row in rows)
-                key = ("places", everywhere, device)
-                places[i] = self._moved(key, partial(torch.tensor, everywhere, device=device))
+            copies = range(0, text_length, part.length)
+            places = {
+                i: tuple(start + row for start in copies for row in rows)
+                for i, rows in self._bound(call.step, part).items()
+            }
             if places:
-                bound.append((part, places))
+                bound.append(_Bound(part, places))
         return bound
 
     def _moved(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -620,11 +636,41 @@ class _Run:
         first = part.start % step.images
         return images[first : first + len(q)]
 
-    def term(self, i: int, layer: int, places: Tensor, step: _Step, part: _Part, q: Tensor, shape: Any) -> Any:
-        """The subject's term in a layer, or None where its layer weight is 0."""
+    def add_subjects(
+        self,
+        out: Tensor,
+        layer: int,
+        step: _Step,
+        bound: _Bound,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        heads: int,
+        attend: Attend,
+        shape: Sequence[int],
+    ) -> None:
+        """Adds to a layer's output, in place, what the subjects of a part add. All tensors are of the part's rows."""
+        q, k, v = qkv
+        here = {i: places for i, places in bound.places.items() if self.keys_values[i][layer] is not None}
+        if not here:  # their layer weights are 0
+            return
+        places = tuple(here.values())
+        width = q.shape[-1] // heads
+        one_hot = None
+        if sum(map(len, places)) <= width:
+            key = ("one hot", places, k.shape[1], width, k.dtype, k.device)
+            one_hot = self._moved(
+                key,
+                lambda: one_hot_values(
+                    torch.tensor([p for part in places for p in part], device=k.device), k.shape[1], width, k.dtype
+                ),
+            )
+        terms = [self._term(i, at, layer, step, bound.part, q, shape) for i, at in here.items()]
+        nested_delta(q, k, v, heads, terms, attend, into=out, one_hot=one_hot)
+
+    def _term(
+        self, i: int, places: tuple[int, ...], layer: int, step: _Step, part: _Part, q: Tensor, shape: Sequence[int]
+    ) -> NestedTerm:
         pair = self.keys_values[i][layer]
-        if pair is None:
-            return None
+        assert pair is not None
         if pair[0].device != q.device or pair[0].dtype != q.dtype:
             original = pair
             pair = self._moved(
@@ -636,7 +682,7 @@ class _Run:
         return NestedTerm(
             key=pair[0],
             value=pair[1],
-            places=places,
+            places=self._moved(("places", places, q.device), partial(torch.tensor, places, device=q.device)),
             strength=application.strength * application.layer_weights[layer],
             alpha=application.alpha,
             value_norm=application.value_norm,
@@ -655,10 +701,6 @@ def _note_context(n: Tensor, context: Tensor, value: Tensor, extra_options: dict
     return n, context, value
 
 
-#: a part of a batch, and {application: its places (P,)}
-_Bound = tuple[_Part, dict[int, Tensor]]
-
-
 class _Call:
     """One call of the model: what its 70 or 16 replacements share."""
 
@@ -670,13 +712,13 @@ class _Call:
         """Where subjects are bound in a layer's rows. Found once a call."""
         kinds = extra_options.get("cond_or_uncond_couple") or extra_options.get("cond_or_uncond_hook_couple")
         context = extra_options[_CONTEXT]
-        key = (tuple(kinds) if kinds else None, q.shape[0], context.shape[1], q.device)
+        key = (tuple(kinds) if kinds else None, q.shape[0], context.shape[1])
         if key not in self._rows:
             parts, length = self.parts, min(self.text_length, context.shape[1])
             if kinds and len(kinds) != len(extra_options["cond_or_uncond"]):
                 parts = self.run.coupled_parts(self, context, kinds, extra_options["uuids"])
                 length = context.shape[1]
-            self._rows[key] = self.run.bound_rows(self, parts, length, q.device)
+            self._rows[key] = self.run.bound_rows(self, parts, length)
         return self._rows[key]
 
 
@@ -697,17 +739,20 @@ class _Attn2Replace:
             )
 
         out = self.previous(q, k, v, extra_options) if self.previous else attend(q, k, v, heads)
-        bound = self.call.rows(q, extra_options)
-        if not bound:
-            return out
-        out = out.clone()
-        for part, places in bound:
-            rows = slice(part.start, part.stop)
-            terms = [
-                self.call.run.term(i, self.layer, at, self.call.step, part, q[rows], extra_options["activations_shape"])
-                for i, at in places.items()
-            ]
-            terms = [term for term in terms if term is not None]
-            if terms:
-                out[rows] += nested_delta(q[rows], k[rows], v[rows], heads, terms, attend).to(out.dtype)
+        # What others computed may be theirs to keep, and gradients may need it: only our own is changed in place.
+        ours = self.previous is None and "optimized_attention_override" not in extra_options and not out.requires_grad
+        for bound in self.call.rows(q, extra_options):
+            if not ours:
+                out, ours = out.clone(), True
+            rows = slice(bound.part.start, bound.part.stop)
+            self.call.run.add_subjects(
+                out[rows],
+                self.layer,
+                self.call.step,
+                bound,
+                (q[rows], k[rows], v[rows]),
+                heads,
+                attend,
+                extra_options["activations_shape"],
+            )
         return out

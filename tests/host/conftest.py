@@ -287,10 +287,10 @@ def fired(pack, monkeypatch):
     calls = []
     original = pack.comfy.nested_delta
 
-    def spy(q, k, v, heads, terms, attend):
-        delta = original(q, k, v, heads, terms, attend)
+    def spy(q, k, v, heads, terms, attend, into, one_hot):
+        delta = original(q, k, v, heads, terms, attend, one_hot=one_hot)
         calls.append(SimpleNamespace(q=q.shape, k=k.shape, terms=terms, delta=delta))
-        return delta
+        return original(q, k, v, heads, terms, attend, into, one_hot)
 
     monkeypatch.setattr(pack.comfy, "nested_delta", spy)
     return calls

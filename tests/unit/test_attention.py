@@ -148,7 +148,7 @@ def test_outer_probabilities_of_all_places_are_the_softmax():
     q, k = torch.randn(2, 5, 16, generator=g), torch.randn(2, 12, 16, generator=g)
     got = outer_probabilities(q, k, 2, torch.arange(12))
     scores = q.unflatten(-1, (2, 8)).transpose(1, 2) @ k.unflatten(-1, (2, 8)).permute(0, 2, 3, 1) / 8**0.5
-    torch.testing.assert_close(got, scores.softmax(-1))
+    torch.testing.assert_close(got, scores.softmax(-1).transpose(1, 2))
 
 
 def test_tiny_half_values_do_not_overflow():

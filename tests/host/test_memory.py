@@ -1,0 +1,194 @@
+"""What subjects cost and leave behind: encoders that the host moves, copies per device, and nothing after a run."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from itertools import cycle
+
+import pytest
+import torch
+
+
+def living() -> tuple[Counter, int]:
+    """Tensors alive by shape and type, and the bytes of their storages."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.layout == torch.strided]
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    return Counter((tuple(t.shape), t.dtype) for t in tensors), sum(storages.values())
+
+
+@pytest.fixture
+def device_memory():
+    """Bytes on a CUDA device, where there is one."""
+
+    def measure() -> int:
+        if not torch.cuda.is_available():
+            return 0
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    return measure
+
+
+def test_twenty_runs_end_with_the_memory_they_began_with(pack, sdxl, device_memory):
+    """Seeds, branches, strengths, two subjects, interrupts and errors; then the first picture again."""
+    import comfy.model_management
+
+    anna = sdxl.subject("<anna>", "woman")
+    ben = sdxl.subject("<ben>", "man", view=3)
+    one, clip = sdxl.apply(anna)
+    both, clip = sdxl.apply(ben, one, clip)
+    branch, _ = sdxl.apply(ben, strength=0.5)
+    masked, _ = sdxl.apply(anna, mask=torch.ones(1, 64, 64).tril())
+    idle, _ = sdxl.apply(anna, strength=0.0)
+    texts = {text: sdxl.encode(clip, text) for text in ("<anna>", "<ben> alone", "<anna> and <ben>", "blurry")}
+
+    def stops(*args):
+        raise comfy.model_management.InterruptProcessingException
+
+    def breaks(*args):
+        raise RuntimeError("another node's fault")
+
+    # (model, prompt, seed, what a patch in the middle of the U-Net does)
+    kinds = [
+        (one, "<anna>", 3, None),
+        (one, "<anna>", 4, None),
+        (both, "<anna> and <ben>", 3, None),
+        (branch, "<ben> alone", 3, None),
+        (both, "<anna> and <ben>", 3, stops),
+        (masked, "<anna>", 5, None),
+        (idle, "<anna>", 3, None),
+        (both, "<anna> and <ben>", 4, breaks),
+        (one, "<ben> alone", 3, None),  # forgets its subject: refused
+    ]
+
+    def run(model, text, seed, fault):
+        if fault:
+            model = model.clone()
+            model.set_model_attn1_patch(fault)
+        return sdxl.sample(model, texts[text], texts["blurry"], seed=seed)
+
+    first = run(*kinds[0])
+    for kind in kinds[1:4]:  # what is made once: the host's caches, kernels' buffers
+        run(*kind)
+    before, on_device = living(), device_memory()
+    ended = Counter()
+    for _, kind in zip(range(20), cycle(kinds), strict=False):
+        try:
+            run(*kind)
+            ended["finished"] += 1
+        except (
+            comfy.model_management.InterruptProcessingException,
+            RuntimeError,
+            pack.errors.NestedAttentionError,
+        ) as e:
+            ended[type(e).__name__] += 1
+    assert ended == {
+        "finished": 14, "InterruptProcessingException": 2, "RuntimeError": 2, "NestedAttentionError": 2
+    }  # fmt: skip
+    after = living()
+    assert after[0] == before[0], after[0] - before[0]
+    assert after[1] == before[1]
+    assert device_memory() == on_device
+    assert torch.equal(run(*kinds[0]), first)
+
+
+def test_an_encoder_that_is_not_wholly_on_the_device_gives_the_same(sdxl):
+    """As with --lowvram and --novram: most weights stay where they are and are cast as they are used."""
+    import comfy.model_management
+
+    encoder = sdxl.make_encoder()
+    model, clip = sdxl.apply(sdxl.subject(encoder=encoder))
+    positive, negative = sdxl.encode(clip, "<person>"), sdxl.encode(clip, "")
+    whole = sdxl.sample(model, positive, negative)
+    comfy.model_management.unload_all_models()
+    encoder.patcher.load(encoder.patcher.load_device, lowvram_model_memory=1)
+    cast = [m for m in encoder.module.modules() if getattr(m, "comfy_cast_weights", False)]
+    assert len(cast) > 100
+    assert torch.equal(sdxl.sample(model, positive, negative), whole)
+
+
+def test_a_run_counts_the_encoder_among_the_host_s_models(sdxl):
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    encoder = sdxl.make_encoder()
+    model, clip = sdxl.apply(sdxl.subject(encoder=encoder))
+    sdxl.sample(model, sdxl.encode(clip, "<person>"), sdxl.encode(clip, ""))
+    assert encoder.patcher in comfy.model_management.loaded_models()
+    assert encoder.patcher not in model.get_additional_models(), "those stay loaded as long as the model"
+
+
+def test_keys_and_values_are_made_once_a_run(pack, sdxl, monkeypatch):
+    """Not per step, and not for the negative prompt."""
+    calls = []
+    original = pack.encoder.NestedEncoder.keys_values
+
+    def count(self, tokens, layer):
+        calls.append(layer)
+        return original(self, tokens, layer)
+
+    monkeypatch.setattr(pack.encoder.NestedEncoder, "keys_values", count)
+    model, clip = sdxl.apply(sdxl.subject())
+    positive, negative = sdxl.encode(clip, "<person>"), sdxl.encode(clip, "not <person>")
+    sdxl.sample(model, positive, negative, steps=3, size=(8, 8))
+    assert calls == list(range(70))
+
+
+def test_what_others_computed_is_not_changed_in_place(sdxl):
+    """The output of a replacement or of an attention override may be kept by whoever made it."""
+    import comfy.ldm.modules.attention as host_attention
+
+    kept = []
+
+    def remember(out):
+        kept.append((out, out.clone()))
+        return out
+
+    def replacement(q, k, v, options):
+        return remember(host_attention.optimized_attention(q, k, v, options["n_heads"]))
+
+    def override(attention, *args, **kwargs):
+        return remember(attention(*args, **kwargs))
+
+    model, clip = sdxl.apply(sdxl.subject())
+    positive, negative = sdxl.encode(clip, "<person>"), sdxl.encode(clip, "")
+    expected = sdxl.sample(model, positive, negative)
+    replaced, overridden = model.clone(), model.clone()
+    replaced.set_model_attn2_replace(replacement, "middle", 0, 3)
+    overridden.model_options["transformer_options"]["optimized_attention_override"] = override
+    for other in (replaced, overridden):
+        kept.clear()
+        assert torch.equal(sdxl.sample(other, positive, negative), expected)
+        assert kept and all(torch.equal(out, as_it_was) for out, as_it_was in kept)
+
+
+def test_several_devices(sdxl, fired):
+    """The host's multi-GPU clones, two names of the CPU for two GPUs: K̈ and V̈ for each, and none afterwards."""
+    from comfy.model_patcher import ModelPatcher
+
+    if not hasattr(ModelPatcher, "deepclone_multigpu"):
+        pytest.skip("this ComfyUI has no multi-GPU")
+    base = sdxl.model.clone()
+    base.cached_patcher_init = (sdxl.make_model, (torch.float32,))
+    second = base.deepclone_multigpu(new_load_device=torch.device("cpu", 0))
+    second.is_multigpu_base_clone = True
+    base.set_additional_models("multigpu", [second])
+    subject = sdxl.subject()
+    model, clip = sdxl.apply(subject, model=base)
+    single, _ = sdxl.apply(subject)
+    # Several positive prompts: more than one device has some.
+    positive = [*sdxl.encode(clip, "a <person>"), *sdxl.encode(clip, "<person> at night")]
+    negative = sdxl.encode(clip, "blurry")
+    expected = sdxl.sample(single, positive, negative, steps=2)
+    fired.clear()
+    picture = sdxl.sample(model, positive, negative, steps=2)
+    # Other batches than on one device: rounded otherwise.
+    assert (picture - expected).norm() < 1e-4 * expected.norm()
+    assert len(fired) >= 2 * 2 * 70
+    refs = [weakref.ref(term.key) for call in fired for term in call.terms]
+    fired.clear()
+    gc.collect()
+    assert not any(ref() for ref in refs)
