@@ -1,0 +1,295 @@
+"""A real ComfyUI inside this process, with models of random weights: what the host tests and the benchmark work with.
+
+Models are ComfyUI's own classes: U-Nets with every layer of SDXL or SD 1.5, by default 128 channels wide, text encoders
+of few layers behind the real tokenizers, the vision tower of ViT-H's kind. The pack is loaded as ComfyUI loads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from _setup import REPO
+
+if TYPE_CHECKING:
+    import torch
+
+CHANNELS = 128
+_SMALL_TEXT = {"num_hidden_layers": 3, "intermediate_size": 256}
+#: `comfy.clip_vision`'s description of ViT-H/14
+VIT_H = {
+    "hidden_size": 1280,
+    "image_size": 224,
+    "intermediate_size": 5120,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "num_hidden_layers": 32,
+    "patch_size": 14,
+    "projection_dim": 1024,
+    "hidden_act": "gelu",
+    "model_type": "clip_vision_model",
+    "layer_norm_eps": 1e-5,
+}
+
+
+def import_host(host: Path, base: Path) -> None:
+    """Makes ComfyUI's modules importable in this process; it will keep its folders in `base`. Once, before them all."""
+    # The host goes first: the repository's own `nodes` package must not hide the host's module of that name.
+    sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != REPO]
+    sys.path.insert(0, str(host))
+    sys.path += [str(REPO / "scripts"), str(REPO / "demo"), str(REPO)]
+    from comfy.cli_args import args
+
+    args.base_directory = str(base)
+    # As in the host's main.py: before `nodes`, which puts the folder of another `utils` in front.
+    import torch
+    import utils.extra_config  # noqa: F401
+
+    args.cpu = not torch.cuda.is_available()
+    for folder in ("custom_nodes", "models", "input", "output", "temp"):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+
+
+def load_pack() -> SimpleNamespace:
+    """The loaded pack: `nodes` (node id -> class), the host's nodes, and the modules of its nested_core."""
+    host_nodes: Any = importlib.import_module("nodes")  # the host's, by its place on the path
+    asyncio.run(host_nodes.init_builtin_extra_nodes())
+    before = set(sys.modules)
+    assert asyncio.run(host_nodes.load_custom_node(str(REPO))), "the host did not load the pack: see the log above"
+    (name,) = {m.removesuffix(".nested_core") for m in set(sys.modules) - before if m.endswith(".nested_core")}
+
+    def module(path: str) -> ModuleType:
+        return sys.modules[f"{name}.{path}"]
+
+    return SimpleNamespace(
+        nodes={k: v for k, v in host_nodes.NODE_CLASS_MAPPINGS.items() if k.startswith("Nested")},
+        host_nodes=host_nodes.NODE_CLASS_MAPPINGS,
+        comfy=module("nested_core.hosts.comfy"),
+        prompt=module("nested_core.hosts.comfy_prompt"),
+        attention=module("nested_core.attention"),
+        encoder=module("nested_core.encoder"),
+        subject=module("nested_core.subject"),
+        layers=module("nested_core.layers"),
+        checkpoint=module("nested_core.checkpoint"),
+        errors=module("nested_core.errors"),
+        folders=module("nodes.folders"),
+    )
+
+
+def make_model(
+    family: str,
+    channels: int | None = CHANNELS,
+    weights: torch.dtype | None = None,
+    compute: torch.dtype | None = None,
+) -> Any:
+    """MODEL of a family, `channels` wide on every level: all layers at their addresses. None: the published widths.
+
+    weights, compute: types of the weights (fp32 unless told) and of the arithmetic (the same unless told).
+    """
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+    import torch
+
+    import random_models
+
+    kind = {"sdxl": comfy.supported_models.SDXL, "sd15": comfy.supported_models.SD15}[family]
+    shape = random_models.unet_config(family)
+    if channels is None:
+        shape["channel_mult"] = {"sdxl": [1, 2, 4], "sd15": [1, 2, 4, 4]}[family]
+    else:
+        shape["model_channels"] = channels
+    config: Any = kind(shape)
+    config.set_inference_dtype(weights or torch.float32, compute)
+    model = config.get_model({}, device=torch.device("cpu"))
+    model.diffusion_model.load_state_dict(random_models.randomise(model.diffusion_model.state_dict()))
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(model, device, torch.device("cpu"))
+
+
+def make_clip(family: str) -> Any:
+    """CLIP of a family: the real tokenizer, and text encoders of three layers."""
+    import comfy.sd
+    import comfy.sd1_clip
+    import comfy.sdxl_clip
+    import torch
+
+    import random_models
+
+    clip, tokenizer = {
+        "sdxl": (comfy.sdxl_clip.SDXLClipModel, comfy.sdxl_clip.SDXLTokenizer),
+        "sd15": (comfy.sd1_clip.SD1ClipModel, comfy.sd1_clip.SD1Tokenizer),
+    }[family]
+    target = SimpleNamespace(clip=clip, tokenizer=tokenizer, params={})
+    options = {"clip_l_model_config": _SMALL_TEXT, "clip_g_model_config": _SMALL_TEXT, "dtype": torch.float32}
+    made = comfy.sd.CLIP(target, model_options=options)
+    made.cond_stage_model.load_state_dict(random_models.randomise(made.cond_stage_model.state_dict()))
+    return made
+
+
+def make_clip_vision(**changes: Any) -> Any:
+    """CLIP_VISION: ViT-H/14, with changes to its sizes."""
+    import comfy.clip_vision
+
+    import random_models
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps({**VIT_H, **changes}), "utf-8")
+        tower = comfy.clip_vision.ClipVisionModel(str(file))
+    tower.load_sd(random_models.randomise(tower.model.state_dict(), dtype=tower.dtype))
+    return tower
+
+
+def make_encoder(
+    pack: SimpleNamespace,
+    family: str,
+    widths: tuple[int, ...],
+    seed: int = 0,
+    tokens: int = 8,
+    resampler: dict[str, int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """NESTED_ENCODER for layers of these widths. resampler: sizes of the Q-Former; small unless told."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.ops
+    import torch
+
+    import random_models
+
+    config = pack.encoder.EncoderConfig(
+        family=family,
+        base_model="random",
+        tokens=tokens,
+        token_dim=pack.layers.family_of(family).context_dim,
+        feature_dim=VIT_H["hidden_size"],
+        fingerprint=f"random-{family}-{tokens}-{seed}",
+        title=f"random encoder {family} {tokens} {seed}",
+        widths=widths,
+        resampler=pack.encoder.ResamplerShape(
+            **(resampler or {"dim": 64, "depth": 1, "heads": 1, "dim_head": 64, "ff_mult": 2})
+        ),
+    )
+    dtype = dtype or torch.float32
+    module = pack.encoder.NestedEncoder.from_config(config, operations=comfy.ops.manual_cast, dtype=dtype)
+    module.load_state_dict(random_models.randomise(module.state_dict(), seed, dtype))
+    module = module.eval().requires_grad_(False)
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        module, comfy.model_management.get_torch_device(), torch.device("cpu")
+    )
+    return pack.comfy.HostEncoder(patcher, config, f"{family}.test")
+
+
+class Studio:
+    """A base model of one family with what a graph around it has: text encoder, nested encoder, nodes, sampler."""
+
+    def __init__(
+        self,
+        pack: SimpleNamespace,
+        family: str,
+        clip_vision: Any,
+        photo: torch.Tensor,
+        channels: int | None = CHANNELS,
+        weights: torch.dtype | None = None,
+    ) -> None:
+        self.pack, self.family, self.clip_vision, self.photo = pack, family, clip_vision, photo
+        self.channels = channels
+        self.model, self.clip = make_model(family, channels, weights), make_clip(family)
+        self.widths = tuple(layer.width for layer in pack.comfy.unet_layers_of(self.model)[1])
+        self.encoder = self.make_encoder()
+
+    def make_model(self, weights: torch.dtype | None = None, compute: torch.dtype | None = None) -> Any:
+        """Another MODEL of the family, in other types."""
+        return make_model(self.family, self.channels, weights, compute)
+
+    def make_encoder(self, seed: int = 0, tokens: int = 8, **options: Any) -> Any:
+        return make_encoder(self.pack, self.family, self.widths, seed, tokens, **options)
+
+    def subject(
+        self, placeholder: str = "<person>", class_word: str = "person", view: int = 0, encoder: Any = None
+    ) -> Any:
+        """NESTED_SUBJECT from Encode Subject; another `view` is another picture."""
+        node = self.pack.nodes["NestedEncodeSubject"]
+        image = self.photo.roll(view * 40, 2)
+        return node.execute(encoder or self.encoder, self.clip_vision, image, placeholder, class_word, "crop")[0]
+
+    def diffusers_unet(self) -> Any:
+        """diffusers' U-Net with the weights of this model, which has one width on every level."""
+        import comfy.utils
+        from diffusers import UNet2DConditionModel
+
+        sdxl = self.family == "sdxl"
+        assert self.channels is not None
+        cross, plain = "CrossAttn{}Block2D", "{}Block2D"
+        kinds = [plain, cross, cross] if sdxl else [cross, cross, cross, plain]
+        config = self.model.model.model_config.unet_config
+        options: dict[str, Any] = (
+            dict(
+                transformer_layers_per_block=[1, 2, 10],
+                attention_head_dim=self.channels // 64,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816,
+            )
+            if sdxl
+            else dict(attention_head_dim=8)
+        )
+        unet: Any = UNet2DConditionModel(
+            block_out_channels=(self.channels,) * len(kinds),
+            down_block_types=[k.format("Down") for k in kinds],
+            up_block_types=[k.format("Up") for k in reversed(kinds)],
+            cross_attention_dim=config["context_dim"],
+            **options,
+        )
+        theirs, ours = self.model.model.diffusion_model.state_dict(), unet.state_dict()
+        names = comfy.utils.unet_to_diffusers(config)  # names more layers than this U-Net has
+        unet.load_state_dict({new: theirs[old] for new, old in names.items() if new in ours})
+        return unet.eval()
+
+    def apply(self, subject: Any = None, model: Any = None, clip: Any = None, **inputs: Any) -> Any:
+        """(model, clip) after Apply Subject; its inputs have their defaults unless given."""
+        return self._apply("NestedApplySubject", subject, model, clip, inputs)
+
+    def apply_advanced(self, subject: Any = None, model: Any = None, clip: Any = None, **inputs: Any) -> Any:
+        return self._apply("NestedApplySubjectAdvanced", subject, model, clip, inputs)
+
+    def _apply(self, node_id: str, subject: Any, model: Any, clip: Any, inputs: dict[str, Any]) -> Any:
+        node = self.pack.nodes[node_id]
+        defaults = {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None}
+        model, clip, subject = model or self.model, clip or self.clip, subject or self.subject()
+        return node.execute(model, clip, subject, **{**defaults, **inputs}).result
+
+    def encode(self, clip: Any, text: str) -> Any:
+        """CONDITIONING of the stock CLIP Text Encode."""
+        return self.pack.host_nodes["CLIPTextEncode"]().encode(clip, text)[0]
+
+    def sample(
+        self,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        steps: int = 1,
+        cfg: float = 4.0,
+        size: tuple[int, int] = (16, 16),
+        batch: int = 1,
+        seed: int = 3,
+        callback: Any = None,
+    ) -> torch.Tensor:
+        """Latent of the stock sampler, (batch, 4, *size). callback: called after each step, as the host does."""
+        import comfy.sample
+        import torch
+
+        latent = torch.zeros(batch, 4, *size)
+        noise = comfy.sample.prepare_noise(latent, seed)
+        return comfy.sample.sample(
+            model, noise, steps, cfg, "euler", "normal", positive, negative, latent,
+            disable_pbar=True, seed=seed, callback=callback,
+        )  # fmt: skip

@@ -1,0 +1,452 @@
+"""What a subject costs: time and memory per step, inside a real ComfyUI, with models of random weights.
+
+    python scripts/benchmark.py            SDXL and SD 1.5 at full size on a GPU, narrow ones on a CPU
+    python scripts/benchmark.py --quick    a few steps at one small size, to see that it runs
+    python scripts/benchmark.py --size 1024x1024
+
+Every figure is a ratio to the plain model within the same run: conditions take turns, step by step. Prints tables and
+writes docs/benchmark.md, where the section of a machine without a GPU and that of one with a GPU stand side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import _setup
+from _setup import NEWEST, REPO, say
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+TOKENS = (16, 256, 1024)
+SUBJECTS = (1, 2, 4)
+NAMES = ("<anna>", "<ben>", "<cleo>", "<dan>")
+WORDS = ("woman", "man", "cat", "dog")
+PROMPT = "a photo of <anna> and <ben> with a <cleo> and a <dan>"
+Rows = list[list[str]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a few steps at 256 x 256; docs stay as they are")
+    parser.add_argument("--rounds", type=int, help="how often conditions take turns (default: 10 on a GPU, else 3)")
+    parser.add_argument(
+        "--size",
+        type=_size,
+        action="append",
+        help="of the picture (repeatable; default: 512x512, 1024x1024 and 1536x1024 on a GPU, else 512x512)",
+    )
+    arguments = parser.parse_args()
+    own = _setup.own_comfyui()
+    _setup.enter_environment()
+    if own:
+        _setup.check_own_environment(own, _setup.test_requirements())
+        host = own
+    else:
+        host = _setup.fetch_host(NEWEST)
+        _setup.install([*_setup.host_requirements([host]), *_setup.test_requirements()], "ComfyUI's packages")
+
+    import _studio
+
+    work = _setup.STATE / "benchmark"
+    _studio.import_host(host, work)
+    import torch
+
+    with torch.inference_mode():
+        section = measure(_setup.version_of(host), arguments.quick, arguments.rounds, arguments.size)
+    print("\n".join(_lines(section)))
+    if not arguments.quick:
+        write(section)
+    return 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = (int(part) for part in text.split("x"))
+    if width % 64 or height % 64 or min(width, height) < 64:
+        raise argparse.ArgumentTypeError(f"{text}: both sides must be multiples of 64")
+    return width, height
+
+
+def measure(version: str, quick: bool, rounds: int | None, sizes: list[tuple[int, int]] | None) -> dict[str, Any]:
+    """Everything, as titles and rows of text."""
+    import skimage.data
+    import torch
+
+    import _studio
+
+    cuda = torch.cuda.is_available()
+    rounds = rounds or (1 if quick else 10 if cuda else 3)
+    pack = _studio.load_pack()
+    photo = torch.from_numpy(skimage.data.astronaut()).float()[None] / 255
+    say("making a vision tower: ViT-H/14")
+    tower = _studio.make_clip_vision(**({"num_hidden_layers": 2} if quick else {}))
+    tables: list[dict[str, Any]] = [layer_table(pack, rounds, quick)]
+    dtype = torch.float16 if cuda else torch.float32
+    sizes = sizes or ([(512, 512), (1024, 1024), (1536, 1024)] if cuda else [(512, 512)])
+    if quick:
+        sizes = [(256, 256)]
+    for family in ("sdxl", "sd15"):
+        full = cuda and not quick
+        say(f"making {family}, {'full size' if full else 'narrow'}")
+        studio = _studio.Studio(pack, family, tower, photo, None if full else 320, dtype)
+        bench = Bench(studio, rounds, dtype)
+        for size in sizes:
+            tables.append(bench.table(size))
+        tables.append(bench.waits(sizes[0]))
+        del studio, bench
+        gc.collect()
+    return {"machine": _machine(version), "device": "cuda" if cuda else "cpu", "tables": tables}
+
+
+def _machine(version: str) -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return f"{device}, PyTorch {torch.__version__}, ComfyUI {version}"
+
+
+def _sync() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, which take turns; one round before that is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            _sync()
+            begun = time.perf_counter()
+            call()
+            _sync()
+            if number:
+                taken[name].append(time.perf_counter() - begun)
+    return taken
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    """Bytes of tensors alive at the worst moment of a call, above those before it."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    results: Any = profile.profiler.kineto_results
+    now = peak = 0
+    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+# --- one layer --------------------------------------------------------------------------------------------------------
+
+
+def literal(q: Tensor, k: Tensor, v: Tensor, heads: int, terms: Sequence[Any]) -> Tensor:
+    """The layer's output as the paper writes it, a value for every query: equations (1) to (4) of `nested_core`."""
+    import torch
+    import torch.nn.functional as F
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    qh, kh, vh = split(q), split(k), split(v)
+    values = vh[:, :, None].expand(-1, -1, q.shape[1], -1, -1).clone()  # V_q, (B, H, Q, T, d)
+    for term in terms:
+        key, value = (x.expand(len(q), -1, -1) for x in (term.key, term.value))
+        nested = F.scaled_dot_product_attention(qh, split(key), split(value))  # v*_q, (B, H, Q, d)
+        norm = nested.transpose(1, 2).flatten(2).norm(dim=-1)[:, None, :, None]
+        for place in term.places.tolist():
+            target = v[:, place].norm(dim=-1)[:, None, None, None]
+            values[:, :, :, place] = nested * (term.alpha * target / norm)
+    weights = torch.softmax(qh @ kh.transpose(-1, -2) * qh.shape[-1] ** -0.5, -1)
+    return (weights[:, :, :, None] @ values).squeeze(3).transpose(1, 2).flatten(2)
+
+
+def layer_table(pack: Any, rounds: int, quick: bool) -> dict[str, Any]:
+    """One cross-attention layer of SDXL at 1024 x 1024 by itself: plain, fused and literal."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    core = pack.attention
+    rows: Rows = []
+    for queries, channels in ((1024, 1280), (4096, 640)):
+        if quick:
+            queries, channels = queries // 16, channels // 4
+        generator = torch.Generator().manual_seed(0)
+
+        def rand(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: B023
+
+        heads = channels // 64
+        q, k, v = rand(1, queries, channels), rand(1, 77, channels), rand(1, 77, channels)
+        for tokens in TOKENS:
+            place = torch.tensor([5], device=device)
+            term = core.NestedTerm(rand(1, tokens, channels), rand(1, tokens, channels), place)
+            one_hot = core.one_hot_values(place, 77, channels // heads, dtype)
+
+            def plain() -> Tensor:
+                return core.scaled_dot_product(q, k, v, heads)  # noqa: B023
+
+            def fused() -> Tensor:
+                out = plain()  # noqa: B023
+                return core.nested_delta(q, k, v, heads, [term], into=out, one_hot=one_hot)  # noqa: B023
+
+            def written() -> Tensor:
+                return literal(q, k, v, heads, [term])  # noqa: B023
+
+            calls = {"plain": plain, "fused": fused, "literal": written}
+            error = (fused().float() - written().float()).norm() / written().float().norm()
+            taken = {name: statistics.median(x) for name, x in _times(calls, 3 * rounds).items()}
+            peaks = {name: _peak(call) / 2**20 for name, call in calls.items()}
+            rows.append(
+                [
+                    f"{queries} queries, {channels} channels, {tokens} tokens",
+                    f"{taken['plain'] * 1e3:.2f} ms",
+                    f"{taken['fused'] / taken['plain']:.1f}",
+                    f"{taken['literal'] / taken['plain']:.1f}",
+                    f"{taken['literal'] / taken['fused']:.1f}",
+                    f"{peaks['fused']:.0f} / {peaks['literal']:.0f} MiB",
+                    f"{float(error):.0e}",
+                ]
+            )
+            say(" | ".join(rows[-1]))
+    head = ["layer, one row of the batch", "plain", "fused x plain", "literal x plain", "literal x fused",
+            "peak fused / literal", "relative difference"]  # fmt: skip
+    return {"title": "One cross-attention layer", "head": head, "rows": rows}
+
+
+# --- whole steps ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Condition:
+    """A MODEL and its prompts."""
+
+    name: str
+    model: Any
+    positive: Any
+    negative: Any
+
+
+class Bench:
+    """Steps of the stock sampler on one base model."""
+
+    def __init__(self, studio: Any, rounds: int, dtype: torch.dtype) -> None:
+        self.studio, self.rounds = studio, rounds
+        resampler = {"dim": 1024, "depth": 4, "heads": 12, "dim_head": 64, "ff_mult": 4}
+        self.encoders = {n: studio.make_encoder(tokens=n, resampler=resampler, dtype=dtype) for n in TOKENS}
+        # One encoder for all subjects of a graph, as artists have it: another picture for each.
+        self.subjects = {
+            (n, i): studio.subject(NAMES[i], WORDS[i], view=i, encoder=encoder)
+            for n, encoder in self.encoders.items()
+            for i in range(max(SUBJECTS) if n == max(TOKENS) else 1)
+        }
+
+    def condition(self, name: str, tokens: int, subjects: int, **inputs: Any) -> Condition:
+        model, clip = self.studio.model, self.studio.clip
+        for i in range(subjects):
+            model, clip = self.studio.apply(self.subjects[tokens, i], model, clip, **inputs)
+        return Condition(name, model, self.studio.encode(clip, PROMPT), self.studio.encode(clip, "blurry"))
+
+    def conditions(self) -> list[Condition]:
+        plain = self.condition("plain", 0, 0)
+        most = max(TOKENS)
+        made = [plain]
+        made += [self.condition(f"1 subject, {n} tokens", n, 1) for n in TOKENS]
+        made += [self.condition(f"{s} subjects, {most} tokens each", most, s) for s in SUBJECTS[1:]]
+        made += [
+            self.condition("1 subject, strength 0", most, 1, strength=0.0),
+            self.condition("1 subject, its window over", most, 1, end_percent=0.001),  # the first step has it
+            self._other("literal, 1 subject, 1024 tokens", most, self._literal),
+            self._other("decoupled attention, 16 tokens", 16, self._decoupled),
+        ]
+        return made
+
+    def _other(self, name: str, tokens: int, replacement: Callable[..., Callable[..., Tensor]]) -> Condition:
+        """The same subject by another layer, in the rows of the positive prompt."""
+        import comfy.model_management
+
+        bound = self.condition(name, tokens, 1)
+        encoder, subject = self.encoders[tokens], self.subjects[tokens, 0].subject
+        comfy.model_management.load_models_gpu([encoder.patcher])
+        device = encoder.patcher.load_device
+        (place,) = bound.positive[0][1]["nested_attention"]["places"][NAMES[0]]
+        model = self.studio.model.clone()
+        family, layers = self.studio.pack.comfy.unet_layers_of(model)
+        for layer in layers:
+            dtype = next(encoder.module.parameters()).dtype
+            key, value = encoder.module.keys_values(subject.tokens.to(device, dtype), layer.index)
+            model.set_model_attn2_replace(replacement(key, value, place), *layer.block)
+        return Condition(name, model, bound.positive, bound.negative)
+
+    def _literal(self, key: Tensor, value: Tensor, place: int) -> Callable[..., Tensor]:
+        import torch
+
+        term = self.studio.pack.attention.NestedTerm(key, value, torch.tensor([place], device=key.device))
+
+        def layer(q: Tensor, k: Tensor, v: Tensor, at: slice, heads: int, out: Tensor) -> None:
+            out[at] = literal(q[at], k[at], v[at], heads, [term])
+
+        return self._replacement(layer)
+
+    def _decoupled(self, key: Tensor, value: Tensor, place: int) -> Callable[..., Tensor]:
+        def layer(q: Tensor, k: Tensor, v: Tensor, at: slice, heads: int, out: Tensor) -> None:
+            rows = q[at].shape[0]
+            attend = self.studio.pack.attention.scaled_dot_product
+            out[at] += attend(q[at], key.expand(rows, -1, -1), value.expand(rows, -1, -1), heads)
+
+        return self._replacement(layer)
+
+    @staticmethod
+    def _replacement(layer: Callable[..., None]) -> Callable[..., Tensor]:
+        from comfy.ldm.modules.attention import optimized_attention
+
+        def replace(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+            heads, chunks = options["n_heads"], options["cond_or_uncond"]
+            out = optimized_attention(q, k, v, heads, attn_precision=options.get("attn_precision"))
+            rows = len(q) // len(chunks)
+            for i, kind in enumerate(chunks):
+                if kind == 0:
+                    layer(q, k, v, slice(i * rows, (i + 1) * rows), heads, out)
+            return out
+
+        return replace
+
+    def _sample(self, condition: Condition, size: tuple[int, int], steps: int) -> list[float]:
+        """Seconds to the first step's end and of each further step."""
+        moments = []
+
+        def after_step(*args: Any) -> None:
+            _sync()
+            moments.append(time.perf_counter())
+
+        _sync()
+        begun = time.perf_counter()
+        width, height = size
+        self.studio.sample(
+            condition.model, condition.positive, condition.negative, steps, 7.0, (height // 8, width // 8),
+            callback=after_step,
+        )  # fmt: skip
+        return [b - a for a, b in zip([begun, *moments], moments, strict=False)]
+
+    def table(self, size: tuple[int, int]) -> dict[str, Any]:
+        """Time of a step and peak memory of a run, for all conditions."""
+        conditions = self.conditions()
+        steps: dict[str, list[float]] = {c.name: [] for c in conditions}
+        firsts: dict[str, list[float]] = {c.name: [] for c in conditions}
+        for number in range(self.rounds + 1):
+            for condition in conditions:
+                first, *others = self._sample(condition, size, 3)
+                if number:
+                    firsts[condition.name].append(first)
+                    steps[condition.name] += others
+            say(f"{self.studio.family} {size[0]} x {size[1]}: round {number} of {self.rounds}")
+        peaks = {c.name: _peak(lambda c=c: self._sample(c, size, 1)) for c in conditions}  # type: ignore[misc]
+        plain = statistics.median(steps["plain"])
+        wait = statistics.median(firsts["plain"])
+        rows: Rows = []
+        for c in conditions:
+            own = steps[c.name]
+            middle = statistics.median(own)
+            # Conditions take turns: a step is compared with the plain model's of the same turn.
+            paired = [a / b for a, b in zip(own, steps["plain"], strict=True)]
+            rows.append(
+                [
+                    c.name,
+                    f"{middle * 1e3:.0f} ms",
+                    f"{middle / plain:.3f}",
+                    f"{min(paired):.2f} to {max(paired):.2f}",
+                    f"{(statistics.median(firsts[c.name]) - wait) * 1e3:+.0f} ms",
+                    f"{(peaks[c.name] - peaks['plain']) / 2**20:+.0f} MiB",
+                ]
+            )
+        head = ["condition", "a step", "x plain", "spread", "until the first step", "peak memory"]
+        name = {"sdxl": "SDXL", "sd15": "SD 1.5"}[self.studio.family]
+        kind = "full size" if self.studio.channels is None else f"narrow, {self.studio.channels} channels"
+        dtype = str(self.studio.model.model_dtype()).removeprefix("torch.")
+        title = f"{name} ({kind}, {dtype}, CFG), {size[0]} x {size[1]}: peak of the plain model "
+        return {"title": title + f"{peaks['plain'] / 2**20:.0f} MiB", "head": head, "rows": rows}
+
+    def waits(self, size: tuple[int, int]) -> dict[str, Any]:
+        """What happens before the steps: encoding a photo, K̈ and V̈ of a run, a graph queued again."""
+        studio, rows = self.studio, []
+        for tokens, encoder in self.encoders.items():
+            calls = {
+                "vision tower": lambda: studio.clip_vision.encode_image(studio.photo),
+                "Encode Subject": lambda e=encoder: studio.subject(encoder=e),  # type: ignore[misc]
+            }
+            taken = {name: statistics.median(x) for name, x in _times(calls, self.rounds).items()}
+            rows.append([str(tokens), *(f"{x * 1e3:.0f} ms" for x in taken.values())])
+        name = {"sdxl": "SDXL", "sd15": "SD 1.5"}[studio.family]
+        return {
+            "title": f"Before the run, {name}: ViT-H/14 and a Q-Former of 4 layers, 1024 wide",
+            "head": ["tokens", "the vision tower alone", "Encode Subject"],
+            "rows": rows,
+        }
+
+
+# --- docs -------------------------------------------------------------------------------------------------------------
+
+
+def _lines(section: dict[str, Any]) -> list[str]:
+    lines = [f"## {section['machine']}", ""]
+    for table in section["tables"]:
+        lines += [f"### {table['title']}", "", f"| {' | '.join(table['head'])} |", "|---" * len(table["head"]) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in table["rows"]] + [""]
+    return lines
+
+
+def write(section: dict[str, Any]) -> None:
+    """docs/benchmark.md and .json, with the section of this kind of machine made anew."""
+    path = REPO / "docs" / "benchmark.json"
+    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    known[section["device"]] = section
+    path.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    text = [
+        "# What a subject costs",
+        "",
+        "Made by `python scripts/benchmark.py`, with models of random weights, inside ComfyUI. Conditions take turns,",
+        "a run of three steps each.",
+        "",
+        "* *a step*: median of the second and third; *x plain*: its ratio to the plain model's; *spread*: the range of",
+        "  that ratio over the turns.",
+        "* *until the first step*: how much later that ends than the plain model's. Mostly that is the making of K̈, V̈,",
+        "  once a run.",
+        "* *peak memory*: of a run's tensors, above the plain model's.",
+        "* *literal*: equations (1) to (4) as the paper writes them. *decoupled*: what IP-Adapter adds.",
+        "",
+    ]
+    if "cuda" not in known:
+        text += ["No GPU has run it yet.", ""]
+    for device in ("cuda", "cpu"):
+        if device in known:
+            text += _lines(known[device])
+    (REPO / "docs" / "benchmark.md").write_text("\n".join(text).rstrip() + "\n", "utf-8")
+    say("written: docs/benchmark.md")
+
+
+if __name__ == "__main__":
+    _setup.run_main(main)
