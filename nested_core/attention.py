@@ -192,6 +192,11 @@ def _rescaled(term: NestedTerm, share: Tensor, nested: Tensor, replaced: Tensor)
     return _sum_places(share * (term.alpha * target)) / norm
 
 
+def _fitting(x: Tensor, like: Tensor) -> Tensor:
+    """x in another's type, at most the largest number of it: not every device mixes types in one operation."""
+    return x if x.dtype == like.dtype else x.clamp(max=torch.finfo(like.dtype).max).to(like.dtype)
+
+
 def nested_delta(
     q: Tensor,
     k: Tensor,
@@ -217,6 +222,8 @@ def nested_delta(
     Returns:
         (B, Q, C), in the type of `into` or of q.
     """
+    if into is not None and into.dtype != q.dtype:
+        return into.add_(nested_delta(q, k, v, heads, terms, attend, one_hot=one_hot).to(into.dtype))
     every = [term.places for term in terms]
     assert every, "terms is empty"
     if any(places.ndim == 2 for places in every):
@@ -247,8 +254,8 @@ def nested_delta(
         r = 1 / (1 + (prob * (gain - 1)).sum(-1, keepdim=True))
         raised = r * prob * gain  # a'_s
         own = attend(q, k, v, heads, None).unflatten(-1, (heads, -1))
-        by_head.addcmul_(own, r - 1)
-        louder = r * prob * (gain - 1)  # what the raised logit alone adds of V[s]
+        by_head.addcmul_(own, _fitting(r - 1, q))
+        louder = _fitting(r * prob * (gain - 1), q)  # what the raised logit alone adds of V[s]
         for p in range(places.shape[-1]):
             by_head.addcmul_(replaced[:, p, None], louder[..., p, None])
 
@@ -263,7 +270,8 @@ def nested_delta(
             mask = (mask if mask.ndim == 1 else mask[:, None]).expand(q.shape[0], q.shape[1], -1)
         nested = attend(q, key, value, heads, mask).unflatten(-1, (heads, -1))  # (1), (B, Q, H, d)
         share = raised[..., here] if at is None else raised[..., here] * at  # a'_s, where the subject acts
-        by_head.addcmul_(nested, _rescaled(term, share, nested, replaced[:, here]), value=term.strength)  # (4)
+        by_head.addcmul_(nested, _fitting(_rescaled(term, share, nested, replaced[:, here]), q), value=term.strength)
+        share = _fitting(share, q)
         for p in range(count):
             by_head.addcmul_(replaced[:, start - count + p, None], share[..., p, None], value=-term.strength)
     return total

@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_core.attention import VALUE_NORMS, NestedTerm, nested_delta, outer_probabilities, scaled_dot_product
+from nested_core.attention import (
+    VALUE_NORMS,
+    NestedTerm,
+    nested_delta,
+    one_hot_values,
+    outer_probabilities,
+    scaled_dot_product,
+)
 from nested_core.errors import NestedAttentionError
 
 
@@ -140,6 +147,25 @@ def test_weight_two_counts_as_twice_the_token():
     weighted = NestedTerm(key, value, torch.tensor([3]), log_weights=torch.tensor(doubled).log())
     repeated = NestedTerm(key[:, index], value[:, index], torch.tensor([3]))
     torch.testing.assert_close(nested_delta(q, k, v, 2, [weighted]), nested_delta(q, k, v, 2, [repeated]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("focus", [1.0, 2.0])
+def test_into_an_output_of_any_type(dtype, focus):
+    """The sum ends up in the rows that are given, and nowhere else; with one-hot values made before it is the same."""
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, n, 16, generator=g) for n in (9, 12, 12))
+    key, value = torch.randn(1, 6, 16, generator=g), torch.randn(1, 6, 16, generator=g)
+    terms = [NestedTerm(key, value, torch.tensor([3, 7]), focus=focus), NestedTerm(value, key, torch.tensor([5]))]
+    output = torch.randn(3, 9, 16, generator=g).to(dtype)
+    before = output.clone()
+    values = one_hot_values(torch.tensor([3, 7, 5]), 12, 8, q.dtype)
+    got = nested_delta(q, k, v, 2, terms, into=output[1:2], one_hot=values)
+    assert got.data_ptr() == output[1].data_ptr()
+    assert torch.equal(output[[0, 2]], before[[0, 2]])
+    expected = before[1:2].float() + nested_delta(q, k, v, 2, terms)
+    tolerance = 2e-3 if dtype == torch.float16 else 1e-5
+    torch.testing.assert_close(output[1:2].float(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_outer_probabilities_of_all_places_are_the_softmax():
