@@ -24,6 +24,15 @@ weight folded in, Δ_s = w · max(0, (f − 1) · l_s). With a the unchanged pro
 
 and its difference to Attn(q, K, V) is again a sum over the bound tokens plus (r − 1) · Attn(q, K, V).
 
+`separation` σ lets a subject yield where another one of the same prompt is looked at more (not in the paper; the
+overlap of the words' attention is what bounded and attend-and-excite style methods work on, there by gradients). With
+p_s(q) the mean over heads of a_s(q), summed over the places of subject s and where its spatial weight is not 0, its
+strength at q is multiplied by
+
+    (p_s(q) / max_s' p_s'(q)) ^ (σ / (1 − σ))
+
+which is 1 everywhere for σ = 0 (the plain sum), and 1 for the strongest subject and 0 for the others for σ = 1.
+
 Shapes: B batch rows, Q queries, T text tokens, N subject tokens, P bound places, H heads, C = H · d channels.
 """
 
@@ -60,6 +69,7 @@ class NestedTerm:
             within each head; "unit": α itself, per head; "none": v* as it comes.
         focus: weight of the bound token's logit, applied only where it raises it; 1 leaves the softmax alone.
         spatial: factor on `strength` per query, (1 or B, Q), or None for 1 everywhere.
+        separation: σ from 0 to 1, how far the subject yields where another one is looked at more; 0 is the plain sum.
         log_weights: logarithm of each subject token's multiplicity in the nested softmax, (N,) or (B, N), or None for
             equal ones. A token of multiplicity 2 counts as if it stood there twice, one of 0 (-inf) as if it did not.
     """
@@ -72,6 +82,7 @@ class NestedTerm:
     value_norm: ValueNorm = "match"
     focus: float = 1.0
     spatial: Tensor | None = None
+    separation: float = 0.0
     log_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +90,8 @@ class NestedTerm:
             raise NestedAttentionError(f"value_norm is {self.value_norm!r}; expected one of {', '.join(VALUE_NORMS)}.")
         if self.focus < 0:
             raise NestedAttentionError(f"focus is {self.focus}; expected 0 or more (1 leaves the attention alone).")
+        if not 0 <= self.separation <= 1:
+            raise NestedAttentionError(f"separation is {self.separation}; expected 0 (the plain sum) to 1.")
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -192,6 +205,30 @@ def _rescaled(term: NestedTerm, share: Tensor, nested: Tensor, replaced: Tensor)
     return _sum_places(share * (term.alpha * target)) / norm
 
 
+def _where_they_act(terms: Sequence[NestedTerm], probs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Each subject's factor on its strength per query, (B, Q, 1, 1), or None for 1: spatial weight and separation.
+
+    probs: a_s(q) of each subject's places (B, Q, H, P).
+    """
+    spatial = [None if term.spatial is None else term.spatial[:, :, None, None] for term in terms]
+    if len(terms) == 1 or not any(term.separation for term in terms):
+        return spatial
+    seen = [prob.to(_statistics(prob)).sum(-1, keepdim=True).mean(2, keepdim=True) for prob in probs]
+    seen = [p if at is None else p * (at != 0) for p, at in zip(seen, spatial, strict=True)]
+    most = torch.stack(seen).amax(0)
+    factors = list(spatial)
+    for i, (term, p, at) in enumerate(zip(terms, seen, spatial, strict=True)):
+        if term.separation == 0:
+            continue
+        if term.separation == 1:
+            share = (p == most).to(p.dtype)
+        else:
+            # Nobody is looked at where `most` is 0: nothing is added there either way.
+            share = (p / most.clamp_min(torch.finfo(p.dtype).tiny)) ** (term.separation / (1 - term.separation))
+        factors[i] = share if at is None else at * share
+    return factors
+
+
 def _fitting(x: Tensor, like: Tensor) -> Tensor:
     """x in another's type, at most the largest number of it: not every device mixes types in one operation."""
     return x if x.dtype == like.dtype else x.clamp(max=torch.finfo(like.dtype).max).to(like.dtype)
@@ -234,7 +271,7 @@ def nested_delta(
     replaced = _at(v, places).unflatten(-1, (heads, -1))  # V[s], (B, P, H, d)
     total = torch.zeros_like(q) if into is None else into
     by_head = total.unflatten(-1, (heads, -1))  # (B, Q, H, d)
-    spatial = [None if term.spatial is None else term.spatial[:, :, None, None] for term in terms]  # (B, Q, 1, 1)
+    factors = _where_they_act(terms, prob.split(counts, dim=-1))
 
     if all(term.focus == 1 for term in terms):
         raised = prob
@@ -247,7 +284,7 @@ def nested_delta(
         gain = torch.cat(
             [
                 torch.exp(term.strength * (1 if at is None else at) * torch.relu((term.focus - 1) * part))
-                for term, at, part in zip(terms, spatial, logits.split(counts, dim=-1), strict=True)
+                for term, at, part in zip(terms, factors, logits.split(counts, dim=-1), strict=True)
             ],
             dim=-1,
         )  # e^Δ_s
@@ -260,7 +297,7 @@ def nested_delta(
             by_head.addcmul_(replaced[:, p, None], louder[..., p, None])
 
     start = 0
-    for term, at, count in zip(terms, spatial, counts, strict=True):
+    for term, at, count in zip(terms, factors, counts, strict=True):
         here = slice(start, start + count)
         start += count
         key, value = (x.expand(q.shape[0], -1, -1) for x in (term.key, term.value))

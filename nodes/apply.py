@@ -48,6 +48,7 @@ def _apply(
     value_norm: str = _ENCODERS_OWN,
     layer_weights: str = "",
     when_unmentioned: str = "stop",
+    separation: float = 0.0,
 ) -> io.NodeOutput:
     if clip is None:
         raise NestedAttentionError(
@@ -72,6 +73,7 @@ def _apply(
         mask=_checked_mask(mask),
         layer_weights=parse_layer_weights(layer_weights, unet_layers_of(model)[1]),
         skip_unmentioned=when_unmentioned == "skip",
+        separation=separation,
     )
     return io.NodeOutput(*apply_subject(model, clip, application))
 
@@ -203,6 +205,17 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
                     tooltip="When no positive prompt has the placeholder. stop: end the run with a message. skip: go "
                     "on without it (it still acts in a negative prompt that mentions it).",
                 ),
+                # Last of the widgets, and optional: graphs of before it keep opening.
+                io.Float.Input(
+                    "separation",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How far this subject holds back where another subject of the same prompt is looked at "
+                    "more. 0: not at all. 1: wholly. For two people that melt into each other; set it on both.",
+                ),
                 _mask_input(),
             ],
             outputs=_outputs(),
@@ -222,6 +235,7 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
         value_norm: str,
         layer_weights: str,
         when_unmentioned: str,
+        separation: float = 0.0,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         return _apply(
@@ -237,4 +251,5 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
             value_norm,
             layer_weights,
             when_unmentioned,
+            separation,
         )

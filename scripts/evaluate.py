@@ -17,6 +17,7 @@ import asyncio
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,10 +42,11 @@ METHODS = {
     "nested": "nested attention",
 }
 WITHOUT_SUBJECT = ("none", "described")
-VARIANTS = ("_norm", "_steps")  # ends of the names of encoders that were trained otherwise
+VARIANT = re.compile(r"nested(_(?P<norm>\w+?)_norm)?(_(?P<steps>\d+)_steps)?")  # names of demo/train.py
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 IDENTITIES = (0.25, 0.5, 0.75, 1.0, 1.25)  # of the encoder's own α
 FOCUS = (1.0, 1.5, 2.0, 3.0)
+SEPARATION = (0.0, 0.25, 0.5, 0.75, 1.0)
 EDITS = (0.5, 0.75, 1.0, 1.25)  # strengths
 TOKENS = (1, 4, 16, 64)
 VIEWS = (1, 2, 4)
@@ -62,6 +64,7 @@ class Condition:
     strength: float = 1.0
     alpha: float = 1.0
     focus: float = 1.0
+    separation: float = 0.0
     views: int = 1
     pair: bool = False
     edit: bool = False
@@ -262,7 +265,7 @@ class Bench:
         graph = {key: value for key, value in graph.items() if not key.startswith("seen")}
         if condition.method == "decoupled":
             _decouple(graph, len(subjects))
-        elif condition.alpha != 1 or condition.focus != 1:
+        elif condition.alpha != 1 or condition.focus != 1 or condition.separation:
             self._turn_knobs(graph, condition)
         return graph
 
@@ -276,6 +279,7 @@ class Bench:
                 place["inputs"] |= {
                     "identity": round(own * condition.alpha, 2), "focus": condition.focus,
                     "value_norm": "encoder's own", "layer_weights": "", "when_unmentioned": "stop",
+                    "separation": condition.separation,
                 }  # fmt: skip
 
     def score(self, case: Case, files: Iterable[Path], scores: Scores, edit: bool = False) -> None:
@@ -406,6 +410,13 @@ def focus(bench: Bench) -> Rows:
     return [(f"focus {x:g}", bench.measure(bench.condition("nested", focus=x), 0.5)) for x in FOCUS]
 
 
+def separation(bench: Bench) -> Rows:
+    return [
+        (f"separation {x:g}", bench.measure(bench.condition("nested", pair=True, separation=x), 0.67))
+        for x in SEPARATION
+    ]
+
+
 def identity(bench: Bench) -> Rows:
     return [(f"α x {x:g}", bench.measure(bench.condition("nested", alpha=x), 0.5)) for x in IDENTITIES]
 
@@ -478,13 +489,18 @@ def tokens(bench: Bench) -> Rows:
 def remedies(bench: Bench) -> Rows:
     """Encoders trained otherwise than the shipped one, against what it is worst at: see demo/README.md."""
     rows = []
-    for name in ("nested", *sorted(n for n in bench.encoders if n.startswith("nested") and n.endswith(VARIANTS))):
+    for name in sorted(bench.encoders):
+        match = VARIANT.fullmatch(name)
+        if not match:
+            continue
         one = bench.measure(Condition("nested", name)).right
         two = bench.measure(Condition("nested", name, pair=True), 0.67).right
         edited = bench.measure(Condition("nested", name, edit=True), 0.5).right
         right = {q: one[q] for q in ("identity", "alignment", "hat")}
         right |= {"own": two["own"], "swapped": two["swapped"], "edit": edited["edit"], "rest": edited["identity"]}
-        rows.append((name.removeprefix("nested").strip("_").replace("_", " ") or "as shipped", Scores(right)))
+        changes = [f"value_norm {match['norm']}"] if match["norm"] else []
+        changes += [f"{match['steps']} steps"] if match["steps"] else []
+        rows.append((", ".join(changes) or "as shipped", Scores(right)))
     return rows
 
 
@@ -493,12 +509,14 @@ def views(bench: Bench) -> Rows:
 
 
 PARTS = {
-    "table": table, "pairs": pairs, "edits": edits, "strength": strength, "identity": identity, "focus": focus,
-    "tokens": tokens, "views": views, "attention": attention, "remedies": remedies,
+    "table": table, "pairs": pairs, "separation": separation, "edits": edits, "strength": strength,
+    "identity": identity, "focus": focus, "tokens": tokens, "views": views, "attention": attention,
+    "remedies": remedies,
 }  # fmt: skip
 TITLES = {
     "table": "One subject",
     "pairs": "Two subjects in one picture",
+    "separation": "Two subjects, with separation",
     "strength": "Strength",
     "edits": "An attribute changed by the prompt",
     "identity": "identity (α), as a factor on the encoder's own",
@@ -552,7 +570,7 @@ def _page(known: dict[str, Any]) -> list[str]:
 
 def _markdown(part: str, rows: list[dict[str, Any]]) -> list[str]:
     columns = ["identity", "alignment"]
-    if part == "pairs":
+    if part in ("pairs", "separation"):
         columns = ["own", "swapped", "neither", "alignment"]
     elif part == "edits":
         columns = ["edit", "identity", "alignment"]

@@ -77,7 +77,8 @@ class Application:
     strength: w, 1 is the paper. start, end: window of the sampling steps, in percent of the noise schedule (0 to 1).
     alpha, value_norm: equation (4). focus: weight of the token's logit. mask: where the subject may act, (M, H, W)
     over the whole picture, one or one per image. layer_weights: factor on the strength per layer, in the order of
-    `unet_layers_of`. skip_unmentioned: let a run pass in which no positive prompt mentions the subject.
+    `unet_layers_of`. skip_unmentioned: let a run pass in which no positive prompt mentions the subject. separation: σ,
+    how far it yields where another subject is looked at more.
     """
 
     source: HostSubject
@@ -91,6 +92,7 @@ class Application:
     mask: Tensor | None
     layer_weights: tuple[float, ...]
     skip_unmentioned: bool
+    separation: float = 0.0
 
     @property
     def idle(self) -> bool:
@@ -688,6 +690,7 @@ class _Run:
             value_norm=application.value_norm,
             focus=application.focus,
             spatial=self._spatial(i, step, part, q, shape),
+            separation=application.separation,
             log_weights=weights,
         )
 

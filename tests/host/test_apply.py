@@ -163,6 +163,23 @@ def test_two_subjects_act_at_their_own_words(pack, sdxl, fired):
     assert not torch.equal(sdxl.sample(only_anna, alone, negative), together)
 
 
+def test_separation_keeps_each_where_it_is_looked_at_more(pack, sdxl, fired):
+    """Set on both nodes; 0 is the plain sum bit for bit, and graphs from before it may leave it out."""
+    assert "separation" in pack.nodes["NestedApplySubjectAdvanced"].INPUT_TYPES()["optional"]
+    anna, ben = sdxl.subject("<anna>", "woman"), sdxl.subject("<ben>", "man", view=3)
+    model, clip = sdxl.apply(ben, *sdxl.apply(anna))
+    positive, negative = sdxl.encode(clip, "<anna> and <ben>"), sdxl.encode(clip, "blurry")
+    pictures = {"plain": sdxl.sample(model, positive, negative)}
+    for separation in (0.0, 0.5, 1.0):
+        model, _ = sdxl.apply_advanced(ben, *sdxl.apply_advanced(anna, separation=separation), separation=separation)
+        fired.clear()
+        pictures[separation] = sdxl.sample(model, positive, negative)
+        assert {term.separation for call in fired for term in call.terms} == {separation}
+    assert torch.equal(pictures["plain"], pictures[0.0])
+    assert not torch.equal(pictures[0.5], pictures[0.0])
+    assert not torch.equal(pictures[0.5], pictures[1.0])
+
+
 def test_nothing_is_kept_after_a_run(pack, scene, monkeypatch, sdxl):
     model, _, positive, negative = scene
     runs = []

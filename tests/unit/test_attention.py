@@ -168,6 +168,54 @@ def test_into_an_output_of_any_type(dtype, focus):
     torch.testing.assert_close(output[1:2].float(), expected, rtol=tolerance, atol=tolerance)
 
 
+def separated(masked=False, **separation):
+    """A layer with three subjects; one of them has two places, one may have a mask. separation: by name."""
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, n, 16, generator=g, dtype=torch.float64) for n in (30, 12, 12))
+    names = {"anna": [3, 7], "ben": [5], "cleo": [9]}
+    terms = []
+    for name, places in names.items():
+        key, value = (torch.randn(1, 6, 16, generator=g, dtype=torch.float64) for _ in range(2))
+        spatial = (torch.arange(30) >= 10).double()[None] if masked and name == "ben" else None
+        terms.append(
+            NestedTerm(key, value, torch.tensor(places), spatial=spatial, separation=separation.get(name, 0.0))
+        )
+    return q, k, v, terms
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("amounts", [{"anna": 0.5, "ben": 0.25}, {"anna": 1.0, "ben": 1.0, "cleo": 1.0}, {"cleo": 0.8}])
+def test_separation_is_a_mask_made_of_the_outer_attention(amounts, masked):
+    q, k, v, terms = separated(masked, **amounts)
+    scores = q.unflatten(-1, (2, 8)).transpose(1, 2) @ k.unflatten(-1, (2, 8)).permute(0, 2, 3, 1) / 8**0.5
+    prob = scores.softmax(-1).mean(1)  # (B, Q, T)
+    seen = [prob[..., term.places].sum(-1) * (1 if term.spatial is None else term.spatial) for term in terms]
+    most = torch.stack(seen).amax(0)
+    as_masks = []
+    for term, p in zip(terms, seen, strict=True):
+        own = term.separation
+        factor = (p == most).double() if own == 1 else (p / most) ** (own / (1 - own))
+        spatial = factor if term.spatial is None else factor * term.spatial
+        as_masks.append(dataclasses.replace(term, spatial=spatial, separation=0.0))
+    torch.testing.assert_close(nested_delta(q, k, v, 2, terms), nested_delta(q, k, v, 2, as_masks))
+
+
+def test_separation_0_is_the_plain_sum_and_alone_it_does_nothing():
+    q, k, v, plain = separated()
+    _, _, _, terms = separated(anna=0.5)
+    assert torch.equal(nested_delta(q, k, v, 2, terms[:1]), nested_delta(q, k, v, 2, plain[:1]))
+    zero = [dataclasses.replace(term, separation=0.0) for term in terms]
+    assert torch.equal(nested_delta(q, k, v, 2, zero), nested_delta(q, k, v, 2, plain))
+    assert not torch.equal(nested_delta(q, k, v, 2, terms), nested_delta(q, k, v, 2, plain))
+
+
+@pytest.mark.parametrize("amount", [-0.1, 1.5, float("nan")])
+def test_separation_outside_0_to_1_is_refused(amount):
+    key = torch.zeros(1, 2, 16)
+    with pytest.raises(NestedAttentionError, match="separation is .* expected 0"):
+        NestedTerm(key, key, torch.tensor([1]), separation=amount)
+
+
 def test_outer_probabilities_of_all_places_are_the_softmax():
     # 12 places in heads of 8 channels: more than one call's worth.
     g = torch.Generator().manual_seed(1)
