@@ -1,5 +1,6 @@
 """The pack's nodes, one module per stage. A node checks its inputs, calls nested_core, and returns; no maths here."""
 
+from .adjust import NestedAdjustSubject
 from .apply import NestedApplySubject, NestedApplySubjectAdvanced
 from .crop import NestedCropSubject
 from .encode import NestedEncodeSubject, NestedMergeSubjects
@@ -11,6 +12,7 @@ NODES = [
     NestedEncodeSubject,
     NestedApplySubject,
     NestedApplySubjectAdvanced,
+    NestedAdjustSubject,
     NestedMergeSubjects,
     NestedSaveSubject,
     NestedLoadSubject,

@@ -35,6 +35,15 @@ def _checked_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask
 
 
+def check_window(start: float, end: float) -> None:
+    """Raises NestedAttentionError where a window ends before it begins."""
+    if start > end:
+        raise NestedAttentionError(
+            f"start_percent ({start:g}) is after end_percent ({end:g}). Start must come first; 0 and 1 are the whole "
+            "run."
+        )
+
+
 def _apply(
     model: Any,
     clip: Any,
@@ -54,11 +63,7 @@ def _apply(
         raise NestedAttentionError(
             "The clip input is empty: this checkpoint has no text encoder. Load one with DualCLIPLoader and connect it."
         )
-    if start_percent > end_percent:
-        raise NestedAttentionError(
-            f"start_percent ({start_percent:g}) is after end_percent ({end_percent:g}). Start must come first; 0 and 1 "
-            "are the whole run."
-        )
+    check_window(start_percent, end_percent)
     config = subject.encoder.config
     word = subject.subject
     application = Application(

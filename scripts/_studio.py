@@ -7,10 +7,12 @@ of few layers behind the real tokenizers, the vision tower of ViT-H's kind. The 
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -187,6 +189,19 @@ def make_encoder(
     return pack.comfy.HostEncoder(patcher, config, f"{family}.test")
 
 
+def _as_a_graph(method: Callable[..., Any]) -> Callable[..., Any]:
+    """As the host executes nodes: without gradients, also where a fixture calls it."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        with torch.inference_mode():
+            return method(*args, **kwargs)
+
+    return run
+
+
 class Studio:
     """A base model of one family with what a graph around it has: text encoder, nested encoder, nodes, sampler."""
 
@@ -212,6 +227,7 @@ class Studio:
     def make_encoder(self, seed: int = 0, tokens: int = 8, **options: Any) -> Any:
         return make_encoder(self.pack, self.family, self.widths, seed, tokens, **options)
 
+    @_as_a_graph
     def subject(
         self, placeholder: str = "<person>", class_word: str = "person", view: int = 0, encoder: Any = None
     ) -> Any:
@@ -261,16 +277,19 @@ class Studio:
     def apply_advanced(self, subject: Any = None, model: Any = None, clip: Any = None, **inputs: Any) -> Any:
         return self._apply("NestedApplySubjectAdvanced", subject, model, clip, inputs)
 
+    @_as_a_graph
     def _apply(self, node_id: str, subject: Any, model: Any, clip: Any, inputs: dict[str, Any]) -> Any:
         node = self.pack.nodes[node_id]
         defaults = {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None}
         model, clip, subject = model or self.model, clip or self.clip, subject or self.subject()
         return node.execute(model, clip, subject, **{**defaults, **inputs}).result
 
+    @_as_a_graph
     def encode(self, clip: Any, text: str) -> Any:
         """CONDITIONING of the stock CLIP Text Encode."""
         return self.pack.host_nodes["CLIPTextEncode"]().encode(clip, text)[0]
 
+    @_as_a_graph
     def sample(
         self,
         model: Any,

@@ -38,6 +38,7 @@ from ..checkpoint import load_encoder
 from ..encoder import EncoderConfig, NestedEncoder
 from ..errors import NestedAttentionError
 from ..layers import FAMILIES, CrossAttentionLayer, Family, family_of
+from ..schedule import factor_at, progress_of
 from ..subject import Subject
 from .comfy_prompt import Placeholder, Places, bind_clip, places_in_conditioning
 
@@ -78,7 +79,8 @@ class Application:
     alpha, value_norm: equation (4). focus: weight of the token's logit. mask: where the subject may act, (M, H, W)
     over the whole picture, one or one per image. layer_weights: factor on the strength per layer, in the order of
     `unet_layers_of`. skip_unmentioned: let a run pass in which no positive prompt mentions the subject. separation: σ,
-    how far it yields where another subject is looked at more.
+    how far it yields where another subject is looked at more. schedule: factors on the strength over the steps, see
+    `nested_core.schedule`.
     """
 
     source: HostSubject
@@ -93,6 +95,7 @@ class Application:
     layer_weights: tuple[float, ...]
     skip_unmentioned: bool
     separation: float = 0.0
+    schedule: tuple[float, ...] = ()
 
     @property
     def idle(self) -> bool:
@@ -214,6 +217,30 @@ def apply_subject(
     if not model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     return model, clip
+
+
+def adjust_subjects(
+    model: comfy.model_patcher.ModelPatcher, placeholder: str, change: Callable[[Application], Application]
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of MODEL in which the subject of a placeholder, or every subject where that is empty, is changed.
+
+    Raises NestedAttentionError when there is no such subject, naming those that are there.
+    """
+    applied = applications_of(model)
+    key = placeholder.strip().lower()
+    if not applied:
+        raise NestedAttentionError(
+            "No subject is applied to this model: connect the model that comes out of Apply Subject."
+        )
+    if key and key not in {a.placeholder.key for a in applied}:
+        raise NestedAttentionError(
+            f"No subject with the placeholder {placeholder.strip()} is applied to this model. There "
+            f"{'is' if len(applied) == 1 else 'are'} {', '.join(a.placeholder.text for a in applied)}. Leave the "
+            "placeholder empty to adjust all of them."
+        )
+    model = model.clone()
+    model.set_attachments(KEY, tuple(change(a) if key in ("", a.placeholder.key) else a for a in applied))
+    return model
 
 
 def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -349,7 +376,7 @@ class _Chunk:
 class _Step:
     """What one CALC_COND_BATCH call knows."""
 
-    active: tuple[int, ...]  # indexes of the run's applications
+    active: dict[int, float]  # strengths by index of the run's applications
     chunks: dict[tuple[int, Any], _Chunk]  # (index of the conds list, uuid) -> chunk
     images: int
     grid: tuple[int, int]  # (height, width) of the whole latent
@@ -444,8 +471,7 @@ class _Run:
         self, executor: Any, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
     ) -> Any:
         """CALC_COND_BATCH wrapper: which subjects act in this step, and which prompt has them where."""
-        sigma = float(timestep[0])
-        active = tuple(i for i, (start, end) in enumerate(self.windows) if end <= sigma <= start)
+        active = self._strengths(float(timestep[0]), model_options.get("transformer_options", {}).get("sample_sigmas"))
         if active:
             grid = (x_in.shape[-2], x_in.shape[-1])
             chunks = {
@@ -459,6 +485,20 @@ class _Run:
             options = {**model_options.get("transformer_options", {}), KEY: step}
             model_options = {**model_options, "transformer_options": options}
         return executor(model, conds, x_in, timestep, model_options)
+
+    def _strengths(self, sigma: float, sigmas: Tensor | None) -> dict[int, float]:
+        """The subjects that act at a noise level, with their strengths. sigmas: those of the whole run."""
+        progress = 0.0
+        if sigmas is not None and any(a.schedule for a in self.applications):
+            # Samplers that run in parts bring others: known by what they are, read from the device once.
+            levels = self._moved(("sigmas", id(sigmas)), lambda: (sigmas, sigmas.tolist()))[1]
+            progress = progress_of(sigma, levels)
+        strengths = {
+            i: self.applications[i].strength * factor_at(self.applications[i].schedule, progress)
+            for i, (start, end) in enumerate(self.windows)
+            if end <= sigma <= start
+        }
+        return {i: strength for i, strength in strengths.items() if strength != 0}
 
     def _text(self, entry: Mapping[str, Any]) -> _Text | None:
         """The text that an entry is sampled with. Its dictionary may be another's: where areas need an opposite, the
@@ -685,7 +725,7 @@ class _Run:
             key=pair[0],
             value=pair[1],
             places=self._moved(("places", places, q.device), partial(torch.tensor, places, device=q.device)),
-            strength=application.strength * application.layer_weights[layer],
+            strength=step.active[i] * application.layer_weights[layer],
             alpha=application.alpha,
             value_norm=application.value_norm,
             focus=application.focus,

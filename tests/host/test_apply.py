@@ -290,3 +290,59 @@ def test_an_interrupted_run_leaves_nothing_behind(pack, scene, sdxl):
     gc.collect()
     assert not [o for o in gc.get_objects() if type(o) is pack.comfy._Run]
     assert torch.equal(sdxl.sample(model, positive, negative), before)
+
+
+def test_adjusting_a_subject_is_applying_it_so(pack, sdxl):
+    """Factors multiply, windows meet, one subject of two is named, and the model that went in stays as it was."""
+    node = pack.nodes["NestedAdjustSubject"]
+    defaults = {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None}
+
+    def adjust(model, **inputs):
+        return node.execute(model, **{**defaults, **inputs})[0]
+
+    anna, ben = sdxl.subject("<anna>", "woman"), sdxl.subject("<ben>", "man", view=3)
+
+    def applied(anna_inputs, ben_inputs):
+        return sdxl.apply_advanced(ben, *sdxl.apply_advanced(anna, **anna_inputs), **ben_inputs)
+
+    model, clip = applied({"strength": 0.8, "layer_weights": "output=0.5"}, {})
+    positive, negative = sdxl.encode(clip, "<anna> and <ben>"), sdxl.encode(clip, "blurry")
+
+    def picture(model):
+        return sdxl.sample(model, positive, negative, steps=2, size=(8, 8))
+
+    before = picture(model)
+    assert torch.equal(picture(adjust(model)), before)
+    changed = adjust(model, placeholder=" <ANNA> ", strength=0.5, end_percent=0.9, layer_weights="output=0.5, middle=0")
+    same, _ = applied({"strength": 0.4, "end_percent": 0.9, "layer_weights": "output=0.25, middle=0"}, {})
+    assert torch.equal(picture(changed), picture(same))
+    assert not torch.equal(picture(changed), before)
+    assert torch.equal(picture(model), before)
+    silent = adjust(model, strength=0.0)
+    assert torch.equal(picture(silent), picture(sdxl.model))
+
+    with pytest.raises(pack.errors.NestedAttentionError, match="<carl> is applied .* There are <anna>, <ben>"):
+        adjust(model, placeholder="<carl>")
+    with pytest.raises(pack.errors.NestedAttentionError, match="No subject is applied to this model: connect"):
+        adjust(sdxl.model)
+    with pytest.raises(pack.errors.NestedAttentionError, match="start_percent .* is after end_percent"):
+        adjust(model, start_percent=0.5, end_percent=0.2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values", "expected"),
+    [
+        ("constant", "", [0.8, 0.8, 0.8]),
+        ("ease in", "", [0.4, 0.8]),  # nothing is added in the first step
+        ("ease out", "", [0.8, 0.4]),
+        ("list", "1, 0.5, 0.25", [0.8, 0.4, 0.2]),
+        ("list", "0.5", [0.4, 0.4, 0.4]),
+    ],
+)
+def test_schedules_move_strength_over_the_steps(pack, sdxl, fired, schedule, values, expected):
+    model, clip = sdxl.apply(sdxl.subject(), strength=0.8)
+    node = pack.nodes["NestedAdjustSubject"]
+    adjusted = node.execute(model, "", 1.0, 0.0, 1.0, schedule, values, "")[0]
+    sdxl.sample(adjusted, sdxl.encode(clip, "<person>"), sdxl.encode(clip, ""), steps=3, size=(8, 8))
+    assert [call.terms[0].strength for call in fired[::70]] == pytest.approx(expected)
+    assert len(fired) == 70 * len(expected)

@@ -52,10 +52,10 @@ def run(server, graph):
     return asyncio.run(_graphs.run_graph(server, graph))
 
 
-def test_object_info_has_the_eight_nodes(server):
+def test_object_info_has_our_nodes_with_tooltips(server):
     info = server.request("/object_info", timeout=120)
     ours = {name for name in info if name.startswith("Nested")}
-    assert len(ours) == 8
+    assert len(ours) == 9
     for name in ours:
         for section in ("required", "optional"):
             for input_name, spec in info[name]["input"].get(section, {}).items():

@@ -1,0 +1,108 @@
+"""Adjust Subject."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from comfy_api.v0_0_2 import io
+
+from ..nested_core.hosts.comfy import Application, adjust_subjects, unet_layers_of
+from ..nested_core.layer_weights import parse_layer_weights
+from ..nested_core.schedule import SCHEDULES, parse_schedule
+from .apply import check_window
+from .types import CATEGORY
+
+
+class NestedAdjustSubject(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NestedAdjustSubject",
+            display_name="Adjust Subject",
+            category=CATEGORY,
+            description=(
+                "Changes how a subject acts that is already on a model: weaker or stronger, in fewer steps, fading in "
+                "or out over the steps. For a second pass, an upscale, or to compare, without applying it again."
+            ),
+            search_aliases=["nested attention", "strength schedule", "weight schedule", "subject", "retime"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model with subjects: from Apply Subject, or anything after it."),
+                io.String.Input(
+                    "placeholder",
+                    default="",
+                    tooltip="Whose: the word in the prompt, such as <anna>. Empty: every subject on the model.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="Factor on the strength that Apply Subject gave. 1 leaves it, 0 silences the subject.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Not before this part of the sampling. What Apply Subject says holds as well.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Not after this part of the sampling. What Apply Subject says holds as well.",
+                ),
+                io.Combo.Input(
+                    "schedule",
+                    options=list(SCHEDULES),
+                    default="constant",
+                    tooltip="How strength moves over the steps. ease in: from 0 up. ease out: down to 0. ease in and "
+                    "out: up to the middle, then down. list: as in values.",
+                ),
+                io.String.Input(
+                    "values",
+                    default="",
+                    tooltip="For the schedule list: factors from the first step to the last, such as 0, 0.5, 1. Any "
+                    "number of them; in between they are mixed.",
+                ),
+                io.String.Input(
+                    "layer_weights",
+                    default="",
+                    tooltip="Factor per part of the model, as in Apply Subject (Advanced): output=0.5, middle=0.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="For the sampler or the next node.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        placeholder: str,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        schedule: str,
+        values: str,
+        layer_weights: str,
+    ) -> io.NodeOutput:
+        check_window(start_percent, end_percent)
+        factors = parse_schedule(schedule, values)
+        weights = parse_layer_weights(layer_weights, unet_layers_of(model)[1])
+
+        def change(application: Application) -> Application:
+            return replace(
+                application,
+                strength=application.strength * strength,
+                start=max(application.start, start_percent),
+                end=min(application.end, end_percent),
+                schedule=factors or application.schedule,
+                layer_weights=tuple(a * b for a, b in zip(application.layer_weights, weights, strict=True)),
+            )
+
+        return io.NodeOutput(adjust_subjects(model, placeholder, change))
