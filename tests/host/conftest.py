@@ -6,6 +6,7 @@ Models have random weights and are small: `scripts/_studio.py`.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +22,9 @@ HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    _studio.import_host(HOST, Path(tempfile.mkdtemp(prefix="nested-attention-host-")))
+    base = tempfile.mkdtemp(prefix="nested-attention-host-")
+    config.add_cleanup(lambda: shutil.rmtree(base, ignore_errors=True))
+    _studio.import_host(HOST, Path(base))
 
 
 @pytest.fixture(autouse=True)
