@@ -18,7 +18,7 @@ stands at several places contributes once per place. `nested_delta` returns the 
 subjects, or with strength 0, has nothing to add.
 
 `focus` f multiplies the pre-softmax logit l_s of the bound token where that raises it: with strength and spatial
-weight folded in, Δ_s = w · max(0, (f − 1) · l_s). With a the unchanged probabilities, the raised softmax is
+weight folded in, Δ_s = max(0, w) · max(0, (f − 1) · l_s). With a the unchanged probabilities, the raised softmax is
 
     r = 1 / (1 + Σ_s a_s (e^Δ_s − 1)),     a'_t = r a_t  (t ≠ s),     a'_s = r a_s e^Δ_s
 
@@ -26,8 +26,8 @@ and its difference to Attn(q, K, V) is again a sum over the bound tokens plus (r
 
 `separation` σ lets a subject yield where another one of the same prompt is looked at more (not in the paper; the
 overlap of the words' attention is what bounded and attend-and-excite style methods work on, there by gradients). With
-p_s(q) the mean over heads of a_s(q), summed over the places of subject s and where its spatial weight is not 0, its
-strength at q is multiplied by
+p_s(q) the mean over heads of a_s(q), summed over the places of subject s, times its strength and spatial weight there
+(at most 1 each: who hardly acts takes nothing from others), its strength at q is multiplied by
 
     (p_s(q) / max_s' p_s'(q)) ^ (σ / (1 − σ))
 
@@ -214,7 +214,10 @@ def _where_they_act(terms: Sequence[NestedTerm], probs: Sequence[Tensor]) -> lis
     if len(terms) == 1 or not any(term.separation for term in terms):
         return spatial
     seen = [prob.to(_statistics(prob)).sum(-1, keepdim=True).mean(2, keepdim=True) for prob in probs]
-    seen = [p if at is None else p * (at != 0) for p, at in zip(seen, spatial, strict=True)]
+    seen = [
+        p * min(max(term.strength, 0.0), 1.0) * (1 if at is None else at.clamp(0, 1))
+        for term, p, at in zip(terms, seen, spatial, strict=True)
+    ]
     most = torch.stack(seen).amax(0)
     factors = list(spatial)
     for i, (term, p, at) in enumerate(zip(terms, seen, spatial, strict=True)):
@@ -281,18 +284,20 @@ def nested_delta(
         logits = torch.einsum("bqhd,bphd->bqhp", qh, kh) * qh.shape[-1] ** -0.5  # l_s
         if places.ndim == 2:
             logits = logits.masked_fill((places < 0)[:, None, None], 0)
-        gain = torch.cat(
+        raises = torch.cat(
             [
-                torch.exp(term.strength * (1 if at is None else at) * torch.relu((term.focus - 1) * part))
+                max(term.strength, 0.0) * (1 if at is None else at) * torch.relu((term.focus - 1) * part)
                 for term, at, part in zip(terms, factors, logits.split(counts, dim=-1), strict=True)
             ],
             dim=-1,
-        )  # e^Δ_s
-        r = 1 / (1 + (prob * (gain - 1)).sum(-1, keepdim=True))
-        raised = r * prob * gain  # a'_s
+        ).masked_fill(prob == 0, 0)  # Δ_s; what has no probability can't be raised
+        most = raises.amax(-1, keepdim=True)
+        gain, same = torch.exp(raises - most), torch.exp(-most)  # e^Δ_s and 1, over e^most: those overflow
+        whole = same + (prob * (gain - same)).sum(-1, keepdim=True)
+        r, raised = same / whole, prob * gain / whole  # r and a'_s
         own = attend(q, k, v, heads, None).unflatten(-1, (heads, -1))
         by_head.addcmul_(own, _fitting(r - 1, q))
-        louder = _fitting(r * prob * (gain - 1), q)  # what the raised logit alone adds of V[s]
+        louder = _fitting(raised - r * prob, q)  # what the raised logit alone adds of V[s]
         for p in range(places.shape[-1]):
             by_head.addcmul_(replaced[:, p, None], louder[..., p, None])
 

@@ -1,19 +1,19 @@
 """Strength schedules: factors on a subject's strength over the steps of a run.
 
-A schedule is a few factors, spread evenly from the first step to the last, with straight lines between them. The
-named ones are sampled smoothsteps, s(p) = p² (3 − 2p), of the progress p from 0 to 1.
+A list runs from the first step to the last, with straight lines between its factors. The named shapes are smoothsteps,
+s(p) = p² (3 − 2p), of the progress p at the middle of a step: runs of few steps get what is between the ends, not 0.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 from .errors import NestedAttentionError
 
 _LIMIT = 5.0
-_SAMPLES = 33
 
 
 def _smooth(p: float) -> float:
@@ -29,15 +29,32 @@ CONSTANT, LIST = "constant", "list"
 SCHEDULES = (CONSTANT, *_SHAPES, LIST)
 
 
-def parse_schedule(name: str, values: str = "") -> tuple[float, ...]:
-    """The factors of a schedule by name; `values` are those of "list": numbers from -5 to 5, separated by commas.
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule by its name, one of SCHEDULES but "constant"; `values` are the factors of "list"."""
+
+    name: str
+    values: tuple[float, ...] = ()
+
+    def factor(self, step: float, steps: int) -> float:
+        """The factor at a step, from 0 to steps − 1; between two steps it is in between."""
+        if self.name != LIST:
+            return _SHAPES[self.name]((step + 0.5) / steps)
+        place = step / max(steps - 1, 1) * (len(self.values) - 1)
+        low = min(int(place), len(self.values) - 1)
+        high = min(low + 1, len(self.values) - 1)
+        return self.values[low] + (self.values[high] - self.values[low]) * (place - low)
+
+
+def parse_schedule(name: str, values: str = "") -> Schedule | None:
+    """A schedule as artists name it, None for "constant". `values`: for "list", numbers from -5 to 5 with commas.
 
     Raises NestedAttentionError for an unknown name, and for values that are no such numbers.
     """
     if name == CONSTANT:
-        return ()
+        return None
     if name in _SHAPES:
-        return tuple(_SHAPES[name](i / (_SAMPLES - 1)) for i in range(_SAMPLES))
+        return Schedule(name)
     if name != LIST:
         raise NestedAttentionError(f"There is no schedule {name!r}; expected one of {', '.join(SCHEDULES)}.")
     try:
@@ -49,29 +66,17 @@ def parse_schedule(name: str, values: str = "") -> tuple[float, ...]:
             f'values is "{values}"; for the schedule "list" expected numbers from -5 to 5 separated by commas, first '
             'step first, such as "0, 0.5, 1".'
         )
-    return factors
+    return Schedule(name, factors)
 
 
-def factor_at(schedule: Sequence[float], progress: float) -> float:
-    """The factor at a progress from 0 (first step) to 1 (last step); 1 for an empty schedule."""
-    if not schedule:
-        return 1.0
-    place = min(max(progress, 0.0), 1.0) * (len(schedule) - 1)
-    low = min(int(place), len(schedule) - 1)
-    high = min(low + 1, len(schedule) - 1)
-    return schedule[low] + (schedule[high] - schedule[low]) * (place - low)
+def step_of(sigma: float, sigmas: Sequence[float]) -> tuple[float, int]:
+    """(at which step a run over these noise levels is at `sigma`, how many steps it has).
 
-
-def progress_of(sigma: float, sigmas: Sequence[float]) -> float:
-    """How far a run over these noise levels (descending, the last one is where it ends) is at `sigma`: 0 to 1.
-
-    Between two steps, where samplers of higher order look, it is in between.
+    sigmas: as the host has them, one per step and the one where the last step ends; they may rise (unsampling).
+    Samplers of higher order also look between two steps; a level beyond all steps counts as the nearest one.
     """
-    levels = list(sigmas[:-1])
-    if len(levels) < 2:
-        return 0.0
-    rising = [-level for level in levels]
-    after = min(max(bisect_right(rising, -sigma), 1), len(levels) - 1)
-    low, high = rising[after - 1], rising[after]
-    within = 0.0 if high == low else (-sigma - low) / (high - low)
-    return min(max((after - 1 + within) / (len(levels) - 1), 0.0), 1.0)
+    levels = list(sigmas[:-1]) or [sigma]
+    for i, (a, b) in enumerate(pairwise(levels)):
+        if min(a, b) <= sigma <= max(a, b) and a != b:
+            return i + (a - sigma) / (a - b), len(levels)
+    return float(min(range(len(levels)), key=lambda i: abs(levels[i] - sigma))), len(levels)

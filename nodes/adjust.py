@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
+from ..nested_core.errors import NestedAttentionError
 from ..nested_core.hosts.comfy import Application, adjust_subjects, unet_layers_of
 from ..nested_core.layer_weights import parse_layer_weights
 from ..nested_core.schedule import SCHEDULES, parse_schedule
@@ -61,8 +62,8 @@ class NestedAdjustSubject(io.ComfyNode):
                     "schedule",
                     options=list(SCHEDULES),
                     default="constant",
-                    tooltip="How strength moves over the steps. ease in: from 0 up. ease out: down to 0. ease in and "
-                    "out: up to the middle, then down. list: as in values.",
+                    tooltip="How strength moves over the steps. ease in: it rises. ease out: it falls. ease in and "
+                    "out: it rises to the middle, then falls. list: as in values.",
                 ),
                 io.String.Input(
                     "values",
@@ -92,16 +93,23 @@ class NestedAdjustSubject(io.ComfyNode):
         layer_weights: str,
     ) -> io.NodeOutput:
         check_window(start_percent, end_percent)
-        factors = parse_schedule(schedule, values)
+        over_steps = parse_schedule(schedule, values)
         weights = parse_layer_weights(layer_weights, unet_layers_of(model)[1])
 
         def change(application: Application) -> Application:
+            start, end = max(application.start, start_percent), min(application.end, end_percent)
+            if start >= end and application.start < application.end:
+                raise NestedAttentionError(
+                    f"{application.placeholder.text} acts from {application.start:g} to {application.end:g} of the "
+                    f"sampling, as Apply Subject says, and that leaves nothing of {start_percent:g} to "
+                    f"{end_percent:g}. Let the two overlap, or take the subject out of the model."
+                )
             return replace(
                 application,
                 strength=application.strength * strength,
-                start=max(application.start, start_percent),
-                end=min(application.end, end_percent),
-                schedule=factors or application.schedule,
+                start=start,
+                end=end,
+                schedule=over_steps or application.schedule,
                 layer_weights=tuple(a * b for a, b in zip(application.layer_weights, weights, strict=True)),
             )
 

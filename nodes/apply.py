@@ -219,7 +219,8 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     tooltip="How far this subject holds back where another subject of the same prompt is looked at "
-                    "more. 0: not at all. 1: wholly. For two people that melt into each other; set it on both.",
+                    "more. 0: not at all. 1: wholly. For two people that melt into each other; set it on both. In "
+                    "the models this pack is measured with it changes little.",
                 ),
                 _mask_input(),
             ],

@@ -1,10 +1,10 @@
-"""What a subject costs: time and memory per step, inside a real ComfyUI, with models of random weights.
+"""What a subject costs: time and memory of sampling, inside a real ComfyUI, with models of random weights.
 
-    python scripts/benchmark.py            SDXL and SD 1.5 at full size on a GPU, narrow ones on a CPU
+    python scripts/benchmark.py            SDXL and SD 1.5 at full size on a GPU, a narrow SDXL on a CPU
     python scripts/benchmark.py --quick    a few steps at one small size, to see that it runs
     python scripts/benchmark.py --size 1024x1024
 
-Every figure is a ratio to the plain model within the same run: conditions take turns, step by step. Prints tables and
+Conditions take turns, run by run, so that each is compared with the plain model in the same minute. Prints tables and
 writes docs/benchmark.md, where the section of a machine without a GPU and that of one with a GPU stand side by side.
 """
 
@@ -92,10 +92,8 @@ def measure(version: str, quick: bool, rounds: int | None, sizes: list[tuple[int
     tower = _studio.make_clip_vision(**({"num_hidden_layers": 2} if quick else {}))
     tables: list[dict[str, Any]] = [layer_table(pack, rounds, quick)]
     dtype = torch.float16 if cuda else torch.float32
-    sizes = sizes or ([(512, 512), (1024, 1024), (1536, 1024)] if cuda else [(512, 512)])
-    if quick:
-        sizes = [(256, 256)]
-    for family in ("sdxl", "sd15"):
+    sizes = sizes or ([(256, 256)] if quick else [(512, 512), (1024, 1024), (1536, 1024)] if cuda else [(512, 512)])
+    for family in ("sdxl", "sd15") if cuda else ("sdxl",):
         full = cuda and not quick
         say(f"making {family}, {'full size' if full else 'narrow'}")
         studio = _studio.Studio(pack, family, tower, photo, None if full else 320, dtype)
@@ -307,31 +305,34 @@ class Bench:
 
         term = self.studio.pack.attention.NestedTerm(key, value, torch.tensor([place], device=key.device))
 
-        def layer(q: Tensor, k: Tensor, v: Tensor, at: slice, heads: int, out: Tensor) -> None:
-            out[at] = literal(q[at], k[at], v[at], heads, [term])
+        def positive(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+            return literal(q, k, v, heads, [term])
 
-        return self._replacement(layer)
+        return self._replacement(positive)
 
     def _decoupled(self, key: Tensor, value: Tensor, place: int) -> Callable[..., Tensor]:
-        def layer(q: Tensor, k: Tensor, v: Tensor, at: slice, heads: int, out: Tensor) -> None:
-            rows = q[at].shape[0]
-            attend = self.studio.pack.attention.scaled_dot_product
-            out[at] += attend(q[at], key.expand(rows, -1, -1), value.expand(rows, -1, -1), heads)
+        attend = self.studio.pack.attention.scaled_dot_product
 
-        return self._replacement(layer)
+        def positive(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+            rows = q.shape[0]
+            return attend(q, k, v, heads).add_(attend(q, key.expand(rows, -1, -1), value.expand(rows, -1, -1), heads))
+
+        return self._replacement(positive)
 
     @staticmethod
-    def _replacement(layer: Callable[..., None]) -> Callable[..., Tensor]:
+    def _replacement(positive: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """attn2 replacement that computes the rows of the positive prompt in a way of its own."""
+        import torch
         from comfy.ldm.modules.attention import optimized_attention
 
         def replace(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-            heads, chunks = options["n_heads"], options["cond_or_uncond"]
-            out = optimized_attention(q, k, v, heads, attn_precision=options.get("attn_precision"))
+            heads, chunks, parts = options["n_heads"], options["cond_or_uncond"], []
             rows = len(q) // len(chunks)
             for i, kind in enumerate(chunks):
-                if kind == 0:
-                    layer(q, k, v, slice(i * rows, (i + 1) * rows), heads, out)
-            return out
+                at = slice(i * rows, (i + 1) * rows)
+                layer = positive if kind == 0 else optimized_attention
+                parts.append(layer(q[at], k[at], v[at], heads))
+            return torch.cat(parts)
 
         return replace
 
@@ -391,7 +392,7 @@ class Bench:
         return {"title": title + f"{peaks['plain'] / 2**20:.0f} MiB", "head": head, "rows": rows}
 
     def waits(self, size: tuple[int, int]) -> dict[str, Any]:
-        """What happens before the steps: encoding a photo, K̈ and V̈ of a run, a graph queued again."""
+        """What happens before a run: encoding a photo."""
         studio, rows = self.studio, []
         for tokens, encoder in self.encoders.items():
             calls = {
@@ -435,7 +436,8 @@ def write(section: dict[str, Any]) -> None:
         "  that ratio over the turns.",
         "* *until the first step*: how much later that ends than the plain model's. Mostly that is the making of K̈, V̈,",
         "  once a run.",
-        "* *peak memory*: of a run's tensors, above the plain model's.",
+        "* *peak memory*: of a run's tensors, above the plain model's. K̈ and V̈ are among them, but for *literal* and",
+        "  *decoupled*, whose are made beforehand; the encoder's weights, which the host moves, are not.",
         "* *literal*: equations (1) to (4) as the paper writes them. *decoupled*: what IP-Adapter adds.",
         "",
     ]

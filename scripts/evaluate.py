@@ -42,7 +42,8 @@ METHODS = {
     "nested": "nested attention",
 }
 WITHOUT_SUBJECT = ("none", "described")
-VARIANT = re.compile(r"nested(_(?P<norm>\w+?)_norm)?(_(?P<steps>\d+)_steps)?")  # names of demo/train.py
+# Names of demo/train.py for encoders that were trained otherwise than the shipped one.
+VARIANT = re.compile(r"nested(_(?P<norm>none|unit|match_per_head)_norm)?(_(?P<steps>\d+)_steps)?")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 IDENTITIES = (0.25, 0.5, 0.75, 1.0, 1.25)  # of the encoder's own α
 FOCUS = (1.0, 1.5, 2.0, 3.0)
@@ -556,7 +557,10 @@ def _page(known: dict[str, Any]) -> list[str]:
         "![Identity, alignment and separation of the methods](images/evaluation.png)",
     ]
     for part, entry in known.items():
-        text += ["", f"## {TITLES[part]}", "", f"{entry['subjects']} subjects or pairs.", ""]
+        counted = f"{entry['subjects']} subjects or pairs."
+        if part == "remedies":
+            counted += " (*own* and *swapped*: two thirds of that; *edit* and *rest*: half.) One training each."
+        text += ["", f"## {TITLES[part]}", "", counted, ""]
         text += _markdown(part, entry["rows"])
     text += [
         "",

@@ -38,7 +38,7 @@ from ..checkpoint import load_encoder
 from ..encoder import EncoderConfig, NestedEncoder
 from ..errors import NestedAttentionError
 from ..layers import FAMILIES, CrossAttentionLayer, Family, family_of
-from ..schedule import factor_at, progress_of
+from ..schedule import Schedule, step_of
 from ..subject import Subject
 from .comfy_prompt import Placeholder, Places, bind_clip, places_in_conditioning
 
@@ -79,8 +79,8 @@ class Application:
     alpha, value_norm: equation (4). focus: weight of the token's logit. mask: where the subject may act, (M, H, W)
     over the whole picture, one or one per image. layer_weights: factor on the strength per layer, in the order of
     `unet_layers_of`. skip_unmentioned: let a run pass in which no positive prompt mentions the subject. separation: σ,
-    how far it yields where another subject is looked at more. schedule: factors on the strength over the steps, see
-    `nested_core.schedule`.
+    how far it yields where another subject is looked at more. schedule: how the strength moves over
+    the steps.
     """
 
     source: HostSubject
@@ -95,7 +95,7 @@ class Application:
     layer_weights: tuple[float, ...]
     skip_unmentioned: bool
     separation: float = 0.0
-    schedule: tuple[float, ...] = ()
+    schedule: Schedule | None = None
 
     @property
     def idle(self) -> bool:
@@ -488,17 +488,17 @@ class _Run:
 
     def _strengths(self, sigma: float, sigmas: Tensor | None) -> dict[int, float]:
         """The subjects that act at a noise level, with their strengths. sigmas: those of the whole run."""
-        progress = 0.0
+        step, steps = 0.0, 1
         if sigmas is not None and any(a.schedule for a in self.applications):
             # Samplers that run in parts bring others: known by what they are, read from the device once.
             levels = self._moved(("sigmas", id(sigmas)), lambda: (sigmas, sigmas.tolist()))[1]
-            progress = progress_of(sigma, levels)
-        strengths = {
-            i: self.applications[i].strength * factor_at(self.applications[i].schedule, progress)
-            for i, (start, end) in enumerate(self.windows)
-            if end <= sigma <= start
-        }
-        return {i: strength for i, strength in strengths.items() if strength != 0}
+            step, steps = step_of(sigma, levels)
+        strengths = {}
+        for i, (application, (start, end)) in enumerate(zip(self.applications, self.windows, strict=True)):
+            factor = application.schedule.factor(step, steps) if application.schedule else 1.0
+            if end <= sigma <= start and application.strength * factor != 0:
+                strengths[i] = application.strength * factor
+        return strengths
 
     def _text(self, entry: Mapping[str, Any]) -> _Text | None:
         """The text that an entry is sampled with. Its dictionary may be another's: where areas need an opposite, the

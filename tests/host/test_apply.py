@@ -327,14 +327,18 @@ def test_adjusting_a_subject_is_applying_it_so(pack, sdxl):
         adjust(sdxl.model)
     with pytest.raises(pack.errors.NestedAttentionError, match="start_percent .* is after end_percent"):
         adjust(model, start_percent=0.5, end_percent=0.2)
+    early, _ = sdxl.apply(anna, end_percent=0.4)
+    with pytest.raises(pack.errors.NestedAttentionError, match="<anna> acts from 0 to 0.4 .* nothing of 0.5 to 1"):
+        adjust(early, start_percent=0.5)
 
 
 @pytest.mark.parametrize(
     ("schedule", "values", "expected"),
     [
         ("constant", "", [0.8, 0.8, 0.8]),
-        ("ease in", "", [0.4, 0.8]),  # nothing is added in the first step
-        ("ease out", "", [0.8, 0.4]),
+        ("ease in", "", [0.8 * 2 / 27, 0.4, 0.8 * 25 / 27]),
+        ("ease in and out", "", [0.8 * 7 / 27, 0.8, 0.8 * 7 / 27]),
+        ("list", "0, 1", [0.4, 0.8]),  # nothing is added in the first step
         ("list", "1, 0.5, 0.25", [0.8, 0.4, 0.2]),
         ("list", "0.5", [0.4, 0.4, 0.4]),
     ],

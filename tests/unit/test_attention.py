@@ -176,10 +176,9 @@ def separated(masked=False, **separation):
     terms = []
     for name, places in names.items():
         key, value = (torch.randn(1, 6, 16, generator=g, dtype=torch.float64) for _ in range(2))
-        spatial = (torch.arange(30) >= 10).double()[None] if masked and name == "ben" else None
-        terms.append(
-            NestedTerm(key, value, torch.tensor(places), spatial=spatial, separation=separation.get(name, 0.0))
-        )
+        spatial = (torch.arange(30) / 20).clamp(0, 1).double()[None] if masked and name == "ben" else None
+        made = {"spatial": spatial, "strength": 0.4 if masked and name == "cleo" else 1.3}
+        terms.append(NestedTerm(key, value, torch.tensor(places), separation=separation.get(name, 0.0), **made))
     return q, k, v, terms
 
 
@@ -189,7 +188,10 @@ def test_separation_is_a_mask_made_of_the_outer_attention(amounts, masked):
     q, k, v, terms = separated(masked, **amounts)
     scores = q.unflatten(-1, (2, 8)).transpose(1, 2) @ k.unflatten(-1, (2, 8)).permute(0, 2, 3, 1) / 8**0.5
     prob = scores.softmax(-1).mean(1)  # (B, Q, T)
-    seen = [prob[..., term.places].sum(-1) * (1 if term.spatial is None else term.spatial) for term in terms]
+    seen = [
+        prob[..., term.places].sum(-1) * min(term.strength, 1) * (1 if term.spatial is None else term.spatial)
+        for term in terms
+    ]
     most = torch.stack(seen).amax(0)
     as_masks = []
     for term, p in zip(terms, seen, strict=True):
@@ -198,6 +200,26 @@ def test_separation_is_a_mask_made_of_the_outer_attention(amounts, masked):
         spatial = factor if term.spatial is None else factor * term.spatial
         as_masks.append(dataclasses.replace(term, spatial=spatial, separation=0.0))
     torch.testing.assert_close(nested_delta(q, k, v, 2, terms), nested_delta(q, k, v, 2, as_masks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_focus_far_beyond_what_an_exponent_holds_is_a_hard_choice(dtype):
+    """Strengths and factors multiply: e^Δ overflows long before its share of the softmax is anything but 0 or 1."""
+    g = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, n, 16, generator=g).to(dtype) * 3 for n in (30, 12, 12))
+    key, value = (torch.randn(1, 6, 16, generator=g).to(dtype) for _ in range(2))
+    for strength in (8.0, 1000.0, -1000.0):
+        got = nested_delta(q, k, v, 2, [NestedTerm(key, value, torch.tensor([3]), focus=10.0, strength=strength)])
+        assert got.isfinite().all(), strength
+    # Where the logit is raised, all attention is on the token: what is left there of the layer is v* alone.
+    term = NestedTerm(key, value, torch.tensor([3]), focus=1e4, value_norm="none")
+    out = (scaled_dot_product(q, k, v, 2) + nested_delta(q, k, v, 2, [term])).unflatten(-1, (2, 8)).float()
+    nested = scaled_dot_product(q, key.expand(2, -1, -1), value.expand(2, -1, -1), 2).unflatten(-1, (2, 8)).float()
+    logits = (q.unflatten(-1, (2, 8)).float() * k[:, 3].unflatten(-1, (2, 8))[:, None].float()).sum(-1)
+    share = outer_probabilities(q, k, 2, torch.tensor([3]))[..., 0]
+    there = (logits > 1) & (share > 1e-4)
+    assert there.sum() > 30
+    torch.testing.assert_close(out[there], nested[there], rtol=0.1, atol=0.15 if dtype != torch.float32 else 1e-3)
 
 
 def test_separation_0_is_the_plain_sum_and_alone_it_does_nothing():
