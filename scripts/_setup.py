@@ -307,6 +307,21 @@ def fetch_host(version: str) -> Path:
     return target
 
 
+def prepared_host() -> Path:
+    """The ComfyUI that COMFYUI_PATH names, else the newest supported one, with all packages that scripts need.
+
+    Goes into the project's environment first, as `enter_environment` does. Raises SetupError.
+    """
+    own = own_comfyui()
+    enter_environment()
+    if own:
+        check_own_environment(own, test_requirements())
+        return own
+    host = fetch_host(NEWEST)
+    install([*host_requirements([host]), *test_requirements()], "ComfyUI's packages")
+    return host
+
+
 def _unpack(archive: Path, target: Path) -> None:
     """Unpacks the folder vendor/ComfyUI of an archive; plain files only, none outside the target."""
     with tarfile.open(archive) as tar:

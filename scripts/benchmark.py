@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import _setup
-from _setup import NEWEST, REPO, say
+from _setup import REPO, say
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ Rows = list[list[str]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few steps at 256 x 256; docs stay as they are")
-    parser.add_argument("--rounds", type=int, help="how often conditions take turns (default: 10 on a GPU, else 3)")
+    parser.add_argument("--rounds", type=int, help="how often conditions take turns (default: 10 on a GPU, else 2)")
     parser.add_argument(
         "--size",
         type=_size,
@@ -47,14 +47,7 @@ def main() -> int:
         help="of the picture (repeatable; default: 512x512, 1024x1024 and 1536x1024 on a GPU, else 512x512)",
     )
     arguments = parser.parse_args()
-    own = _setup.own_comfyui()
-    _setup.enter_environment()
-    if own:
-        _setup.check_own_environment(own, _setup.test_requirements())
-        host = own
-    else:
-        host = _setup.fetch_host(NEWEST)
-        _setup.install([*_setup.host_requirements([host]), *_setup.test_requirements()], "ComfyUI's packages")
+    host = _setup.prepared_host()
 
     import _studio
 
@@ -85,7 +78,7 @@ def measure(version: str, quick: bool, rounds: int | None, sizes: list[tuple[int
     import _studio
 
     cuda = torch.cuda.is_available()
-    rounds = rounds or (1 if quick else 10 if cuda else 3)
+    rounds = rounds or (1 if quick else 10 if cuda else 2)
     pack = _studio.load_pack()
     photo = torch.from_numpy(skimage.data.astronaut()).float()[None] / 255
     say("making a vision tower: ViT-H/14")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import _setup
 from _graphs import Graph, Shown, check_nodes, node, run_graph, saved_pictures, subject_graph
-from _setup import NEWEST, REPO, STATE, Server, say
+from _setup import REPO, STATE, Server, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,14 +115,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=list(PARTS), help="only this part (repeatable)")
     parser.add_argument("--run", type=Path, default=REPO / "demo" / "run_shipped", help="folder of demo/train.py")
     arguments = parser.parse_args()
-    own = _setup.own_comfyui()
-    _setup.enter_environment()
-    if own:
-        _setup.check_own_environment(own, _setup.test_requirements())
-        host = own
-    else:
-        host = _setup.fetch_host(NEWEST)
-        _setup.install([*_setup.host_requirements([host]), *_setup.test_requirements()], "ComfyUI's packages")
+    host = _setup.prepared_host()
 
     import small_world
 
