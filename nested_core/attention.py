@@ -246,6 +246,7 @@ def nested_delta(
     attend: Attend = scaled_dot_product,
     into: Tensor | None = None,
     one_hot: Tensor | None = None,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """What the subjects add to a cross-attention layer's output (equations 1 to 4, fused).
 
@@ -258,12 +259,14 @@ def nested_delta(
         into: the layer's own attention output (B, Q, C), before its output projection: the sum is added to it in
             place, and it is what comes back. None: the sum alone comes back.
         one_hot: `one_hot_values` of all terms' places in order, of a head's width, where the caller has them already.
+        observe: called with the outer probabilities of all terms' places in order, (B, Q, H, P); must not change them.
 
     Returns:
         (B, Q, C), in the type of `into` or of q.
     """
     if into is not None and into.dtype != q.dtype:
-        return into.add_(nested_delta(q, k, v, heads, terms, attend, one_hot=one_hot).to(into.dtype))
+        delta = nested_delta(q, k, v, heads, terms, attend, one_hot=one_hot, observe=observe)
+        return into.add_(delta.to(into.dtype))
     every = [term.places for term in terms]
     assert every, "terms is empty"
     if any(places.ndim == 2 for places in every):
@@ -271,6 +274,8 @@ def nested_delta(
     places = every[0] if len(every) == 1 else torch.cat(every, dim=-1)
     counts = [term.places.shape[-1] for term in terms]
     prob = outer_probabilities(q, k, heads, places, one_hot)  # a_s, (B, Q, H, P)
+    if observe is not None:
+        observe(prob)
     replaced = _at(v, places).unflatten(-1, (heads, -1))  # V[s], (B, P, H, d)
     total = torch.zeros_like(q) if into is None else into
     by_head = total.unflatten(-1, (heads, -1))  # (B, Q, H, d)

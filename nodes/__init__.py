@@ -6,6 +6,7 @@ from .crop import NestedCropSubject
 from .encode import NestedEncodeSubject, NestedMergeSubjects
 from .library import NestedLoadSubject, NestedSaveSubject
 from .loader import NestedEncoderLoader
+from .separate import NestedSeparateSubjects
 
 NODES = [
     NestedEncoderLoader,
@@ -13,6 +14,7 @@ NODES = [
     NestedApplySubject,
     NestedApplySubjectAdvanced,
     NestedAdjustSubject,
+    NestedSeparateSubjects,
     NestedMergeSubjects,
     NestedSaveSubject,
     NestedLoadSubject,

@@ -210,7 +210,8 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
                     tooltip="When no positive prompt has the placeholder. stop: end the run with a message. skip: go "
                     "on without it (it still acts in a negative prompt that mentions it).",
                 ),
-                # Last of the widgets, and optional: graphs of before it keep opening.
+                _mask_input(),
+                # Last, and optional: graphs of before it keep opening.
                 io.Float.Input(
                     "separation",
                     default=0.0,
@@ -222,7 +223,6 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
                     "more. 0: not at all. 1: wholly. For two people that melt into each other; set it on both. In "
                     "the models this pack is measured with it changes little.",
                 ),
-                _mask_input(),
             ],
             outputs=_outputs(),
         )
@@ -241,8 +241,8 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
         value_norm: str,
         layer_weights: str,
         when_unmentioned: str,
-        separation: float = 0.0,
         mask: torch.Tensor | None = None,
+        separation: float = 0.0,
     ) -> io.NodeOutput:
         return _apply(
             model,

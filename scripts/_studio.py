@@ -86,12 +86,14 @@ def load_pack() -> SimpleNamespace:
 
 def make_model(
     family: str,
-    channels: int | None = CHANNELS,
+    channels: int = CHANNELS,
     weights: torch.dtype | None = None,
     compute: torch.dtype | None = None,
+    tapered: bool = False,
 ) -> Any:
-    """MODEL of a family, `channels` wide on every level: all layers at their addresses. None: the published widths.
+    """MODEL of a family, `channels` wide on every level: all layers at their addresses.
 
+    tapered: wider towards the middle, as the published models, which begin with 320.
     weights, compute: types of the weights (fp32 unless told) and of the arithmetic (the same unless told).
     """
     import comfy.model_management
@@ -103,10 +105,9 @@ def make_model(
 
     kind = {"sdxl": comfy.supported_models.SDXL, "sd15": comfy.supported_models.SD15}[family]
     shape = random_models.unet_config(family)
-    if channels is None:
+    shape["model_channels"] = channels
+    if tapered:
         shape["channel_mult"] = {"sdxl": [1, 2, 4], "sd15": [1, 2, 4, 4]}[family]
-    else:
-        shape["model_channels"] = channels
     config: Any = kind(shape)
     config.set_inference_dtype(weights or torch.float32, compute)
     model = config.get_model({}, device=torch.device("cpu"))
@@ -211,18 +212,19 @@ class Studio:
         family: str,
         clip_vision: Any,
         photo: torch.Tensor,
-        channels: int | None = CHANNELS,
+        channels: int = CHANNELS,
         weights: torch.dtype | None = None,
+        tapered: bool = False,
     ) -> None:
         self.pack, self.family, self.clip_vision, self.photo = pack, family, clip_vision, photo
-        self.channels = channels
-        self.model, self.clip = make_model(family, channels, weights), make_clip(family)
+        self.channels, self.tapered = channels, tapered
+        self.model, self.clip = make_model(family, channels, weights, tapered=tapered), make_clip(family)
         self.widths = tuple(layer.width for layer in pack.comfy.unet_layers_of(self.model)[1])
         self.encoder = self.make_encoder()
 
     def make_model(self, weights: torch.dtype | None = None, compute: torch.dtype | None = None) -> Any:
         """Another MODEL of the family, in other types."""
-        return make_model(self.family, self.channels, weights, compute)
+        return make_model(self.family, self.channels, weights, compute, self.tapered)
 
     def make_encoder(self, seed: int = 0, tokens: int = 8, **options: Any) -> Any:
         return make_encoder(self.pack, self.family, self.widths, seed, tokens, **options)
@@ -237,12 +239,12 @@ class Studio:
         return node.execute(encoder or self.encoder, self.clip_vision, image, placeholder, class_word, "crop")[0]
 
     def diffusers_unet(self) -> Any:
-        """diffusers' U-Net with the weights of this model, which has one width on every level."""
+        """diffusers' U-Net with the weights of this model, which must have one width on every level."""
         import comfy.utils
         from diffusers import UNet2DConditionModel
 
         sdxl = self.family == "sdxl"
-        assert self.channels is not None
+        assert not self.tapered
         cross, plain = "CrossAttn{}Block2D", "{}Block2D"
         kinds = [plain, cross, cross] if sdxl else [cross, cross, cross, plain]
         config = self.model.model.model_config.unet_config

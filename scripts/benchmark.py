@@ -4,7 +4,7 @@
     python scripts/benchmark.py --quick    a few steps at one small size, to see that it runs
     python scripts/benchmark.py --size 1024x1024
 
-Conditions take turns, run by run, so that each is compared with the plain model in the same minute. Prints tables and
+Each condition is run between two runs of the plain model and compared with those. Prints tables and
 writes docs/benchmark.md, where the section of a machine without a GPU and that of one with a GPU stand side by side.
 """
 
@@ -39,12 +39,12 @@ Rows = list[list[str]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few steps at 256 x 256; docs stay as they are")
-    parser.add_argument("--rounds", type=int, help="how often conditions take turns (default: 10 on a GPU, else 2)")
+    parser.add_argument("--rounds", type=int, help="how often conditions take turns (default: 10 on a GPU, else 3)")
     parser.add_argument(
         "--size",
         type=_size,
         action="append",
-        help="of the picture (repeatable; default: 512x512, 1024x1024 and 1536x1024 on a GPU, else 512x512)",
+        help="of the picture (repeatable; default: 512x512, 1024x1024 and 1536x1024 on a GPU, else 256x256)",
     )
     arguments = parser.parse_args()
     host = _setup.prepared_host()
@@ -78,18 +78,18 @@ def measure(version: str, quick: bool, rounds: int | None, sizes: list[tuple[int
     import _studio
 
     cuda = torch.cuda.is_available()
-    rounds = rounds or (1 if quick else 10 if cuda else 2)
+    rounds = rounds or (1 if quick else 10 if cuda else 3)
     pack = _studio.load_pack()
     photo = torch.from_numpy(skimage.data.astronaut()).float()[None] / 255
     say("making a vision tower: ViT-H/14")
     tower = _studio.make_clip_vision(**({"num_hidden_layers": 2} if quick else {}))
     tables: list[dict[str, Any]] = [layer_table(pack, rounds, quick)]
     dtype = torch.float16 if cuda else torch.float32
-    sizes = sizes or ([(256, 256)] if quick else [(512, 512), (1024, 1024), (1536, 1024)] if cuda else [(512, 512)])
+    sizes = sizes or ([(512, 512), (1024, 1024), (1536, 1024)] if cuda and not quick else [(256, 256)])
     for family in ("sdxl", "sd15") if cuda else ("sdxl",):
         full = cuda and not quick
         say(f"making {family}, {'full size' if full else 'narrow'}")
-        studio = _studio.Studio(pack, family, tower, photo, None if full else 320, dtype)
+        studio = _studio.Studio(pack, family, tower, photo, 320, dtype, tapered=full)
         bench = Bench(studio, rounds, dtype)
         for size in sizes:
             tables.append(bench.table(size))
@@ -348,38 +348,38 @@ class Bench:
 
     def table(self, size: tuple[int, int]) -> dict[str, Any]:
         """Time of a step and peak memory of a run, for all conditions."""
-        conditions = self.conditions()
-        steps: dict[str, list[float]] = {c.name: [] for c in conditions}
-        firsts: dict[str, list[float]] = {c.name: [] for c in conditions}
+        plain, *others = self.conditions()
+        steps: dict[str, list[float]] = {c.name: [] for c in (plain, *others)}
+        firsts: dict[str, list[float]] = {c.name: [] for c in (plain, *others)}
+        ratios: dict[str, list[float]] = {c.name: [] for c in (plain, *others)}
         for number in range(self.rounds + 1):
-            for condition in conditions:
-                first, *others = self._sample(condition, size, 3)
-                if number:
-                    firsts[condition.name].append(first)
-                    steps[condition.name] += others
+            # Every condition between two runs of the plain model, and a plain run between two others: machines drift.
+            turns = [plain, *(c for other in (*others, plain) for c in (other, plain))]
+            taken = [self._sample(c, size, 3) for c in turns]
             say(f"{self.studio.family} {size[0]} x {size[1]}: round {number} of {self.rounds}")
-        peaks = {c.name: _peak(lambda c=c: self._sample(c, size, 1)) for c in conditions}  # type: ignore[misc]
-        plain = statistics.median(steps["plain"])
-        wait = statistics.median(firsts["plain"])
+            if number == 0:
+                continue
+            for i in range(1, len(turns) - 1, 2):
+                name = turns[i].name
+                firsts[name].append(taken[i][0] - (taken[i - 1][0] + taken[i + 1][0]) / 2)
+                steps[name] += taken[i][1:]
+                ratios[name].append(2 * sum(taken[i][1:]) / sum(taken[i - 1][1:] + taken[i + 1][1:]))
+        peaks = {c.name: _peak(lambda c=c: self._sample(c, size, 1)) for c in (plain, *others)}  # type: ignore[misc]
         rows: Rows = []
-        for c in conditions:
-            own = steps[c.name]
-            middle = statistics.median(own)
-            # Conditions take turns: a step is compared with the plain model's of the same turn.
-            paired = [a / b for a, b in zip(own, steps["plain"], strict=True)]
+        for c in (plain, *others):
             rows.append(
                 [
                     c.name,
-                    f"{middle * 1e3:.0f} ms",
-                    f"{middle / plain:.3f}",
-                    f"{min(paired):.2f} to {max(paired):.2f}",
-                    f"{(statistics.median(firsts[c.name]) - wait) * 1e3:+.0f} ms",
+                    f"{statistics.median(steps[c.name]) * 1e3:.0f} ms",
+                    f"{statistics.median(ratios[c.name]):.3f}",
+                    f"{min(ratios[c.name]):.2f} to {max(ratios[c.name]):.2f}",
+                    f"{statistics.median(firsts[c.name]) * 1e3:+.0f} ms",
                     f"{(peaks[c.name] - peaks['plain']) / 2**20:+.0f} MiB",
                 ]
             )
         head = ["condition", "a step", "x plain", "spread", "until the first step", "peak memory"]
         name = {"sdxl": "SDXL", "sd15": "SD 1.5"}[self.studio.family]
-        kind = "full size" if self.studio.channels is None else f"narrow, {self.studio.channels} channels"
+        kind = "full size" if self.studio.tapered else f"narrow, {self.studio.channels} channels"
         dtype = str(self.studio.model.model_dtype()).removeprefix("torch.")
         title = f"{name} ({kind}, {dtype}, CFG), {size[0]} x {size[1]}: peak of the plain model "
         return {"title": title + f"{peaks['plain'] / 2**20:.0f} MiB", "head": head, "rows": rows}
@@ -422,11 +422,11 @@ def write(section: dict[str, Any]) -> None:
     text = [
         "# What a subject costs",
         "",
-        "Made by `python scripts/benchmark.py`, with models of random weights, inside ComfyUI. Conditions take turns,",
-        "a run of three steps each.",
+        "Made by `python scripts/benchmark.py`, with models of random weights, inside ComfyUI. Each condition is",
+        "run between two runs of the plain model and compared with those; a run has three steps.",
         "",
-        "* *a step*: median of the second and third; *x plain*: its ratio to the plain model's; *spread*: the range of",
-        "  that ratio over the turns.",
+        "* *a step*: median of the second and third; *x plain*: ratio to the plain runs around it (median);",
+        "  *spread*: the range of that ratio. The row *plain* is the plain model against itself: what is noise.",
         "* *until the first step*: how much later that ends than the plain model's. Mostly that is the making of K̈, V̈,",
         "  once a run.",
         "* *peak memory*: of a run's tensors, above the plain model's. K̈ and V̈ are among them, but for *literal* and",

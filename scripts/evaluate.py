@@ -48,6 +48,7 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 IDENTITIES = (0.25, 0.5, 0.75, 1.0, 1.25)  # of the encoder's own α
 FOCUS = (1.0, 1.5, 2.0, 3.0)
 SEPARATION = (0.0, 0.25, 0.5, 0.75, 1.0)
+APART = (0.0, 0.5, 1.0)
 EDITS = (0.5, 0.75, 1.0, 1.25)  # strengths
 TOKENS = (1, 4, 16, 64)
 VIEWS = (1, 2, 4)
@@ -56,6 +57,8 @@ VIEWS = (1, 2, 4)
 @dataclass(frozen=True)
 class Condition:
     """How pictures are made. encoder: file in models/nested_attention. alpha: factor on the encoder's own.
+
+    apart: strength of Separate Subjects.
 
     edit: whether the prompt gives the subject an attribute that it does not have, in words.
     """
@@ -66,6 +69,7 @@ class Condition:
     alpha: float = 1.0
     focus: float = 1.0
     separation: float = 0.0
+    apart: float = 0.0
     views: int = 1
     pair: bool = False
     edit: bool = False
@@ -261,6 +265,11 @@ class Bench:
             _decouple(graph, len(subjects))
         elif condition.alpha != 1 or condition.focus != 1 or condition.separation:
             self._turn_knobs(graph, condition)
+        if condition.apart:
+            (sampler,) = [place for place in graph.values() if place["class_type"] == "KSampler"]
+            inputs = {"model": sampler["inputs"]["model"], "strength": condition.apart}
+            graph["apart"] = node("NestedSeparateSubjects", **inputs, start_percent=0.0, end_percent=1.0)
+            sampler["inputs"]["model"] = ["apart", 0]
         return graph
 
     def _turn_knobs(self, graph: Graph, condition: Condition) -> None:
@@ -411,6 +420,18 @@ def separation(bench: Bench) -> Rows:
     ]
 
 
+def apart(bench: Bench) -> Rows:
+    return [
+        (
+            f"{METHODS[method]}, Separate Subjects {x:g}",
+            bench.measure(bench.condition(method, pair=True, apart=x), 0.67),
+        )
+        for method in ("nested", "one_value")
+        if method in bench.encoders
+        for x in APART
+    ]
+
+
 def identity(bench: Bench) -> Rows:
     return [(f"α x {x:g}", bench.measure(bench.condition("nested", alpha=x), 0.5)) for x in IDENTITIES]
 
@@ -503,7 +524,7 @@ def views(bench: Bench) -> Rows:
 
 
 PARTS = {
-    "table": table, "pairs": pairs, "separation": separation, "edits": edits, "strength": strength,
+    "table": table, "pairs": pairs, "separation": separation, "apart": apart, "edits": edits, "strength": strength,
     "identity": identity, "focus": focus, "tokens": tokens, "views": views, "attention": attention,
     "remedies": remedies,
 }  # fmt: skip
@@ -511,6 +532,7 @@ TITLES = {
     "table": "One subject",
     "pairs": "Two subjects in one picture",
     "separation": "Two subjects, with separation",
+    "apart": "Two subjects, with Separate Subjects",
     "strength": "Strength",
     "edits": "An attribute changed by the prompt",
     "identity": "identity (α), as a factor on the encoder's own",
@@ -567,7 +589,7 @@ def _page(known: dict[str, Any]) -> list[str]:
 
 def _markdown(part: str, rows: list[dict[str, Any]]) -> list[str]:
     columns = ["identity", "alignment"]
-    if part in ("pairs", "separation"):
+    if part in ("pairs", "separation", "apart"):
         columns = ["own", "swapped", "neither", "alignment"]
     elif part == "edits":
         columns = ["edit", "identity", "alignment"]

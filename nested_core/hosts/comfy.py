@@ -41,8 +41,10 @@ from ..layers import FAMILIES, CrossAttentionLayer, Family, family_of
 from ..schedule import Schedule, step_of
 from ..subject import Subject
 from .comfy_prompt import Placeholder, Places, bind_clip, places_in_conditioning
+from .comfy_regions import Regions, Separation
 
 KEY = "nested_attention"
+SEPARATION_KEY = "nested_attention_separation"
 
 log = logging.getLogger(__name__)
 
@@ -214,8 +216,7 @@ def apply_subject(
     clip = bind_clip(clip, application.placeholder)
     model = model.clone()
     model.set_attachments(KEY, (*applied, application))
-    if not model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
-        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    _hook_sampling(model)
     return model, clip
 
 
@@ -243,18 +244,35 @@ def adjust_subjects(
     return model
 
 
+def separate_subjects(
+    model: comfy.model_patcher.ModelPatcher, separation: Separation
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of MODEL whose subjects, those before and those to come, do not look at each other in self-attention."""
+    unet_layers_of(model)
+    model = model.clone()
+    model.set_attachments(SEPARATION_KEY, separation)
+    _hook_sampling(model)
+    return model
+
+
+def _hook_sampling(model: comfy.model_patcher.ModelPatcher) -> None:
+    if not model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+
+
 def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """OUTER_SAMPLE wrapper: everything a run needs is made here and gone when it ends, fails or is interrupted."""
     guider = executor.class_obj
     applications = tuple(a for a in applications_of(guider.model_patcher) if not a.idle)
     if not applications:
         return executor(*args, **kwargs)
-    with _sampling_run(guider, applications):
+    noise = args[0] if args else kwargs["noise"]
+    with _sampling_run(guider, applications, noise.shape):
         return executor(*args, **kwargs)
 
 
 @contextmanager
-def _sampling_run(guider: Any, applications: tuple[Application, ...]) -> Iterator[None]:
+def _sampling_run(guider: Any, applications: tuple[Application, ...], shape: Sequence[int]) -> Iterator[None]:
     options = guider.model_options["transformer_options"]
     texts = _read_texts(guider.conds)
     # Couple packs bring texts that are in none of the guider's lists, by patches or by hooks that bring patches: there
@@ -271,7 +289,7 @@ def _sampling_run(guider: Any, applications: tuple[Application, ...]) -> Iterato
     if not applications:
         yield
         return
-    run = _Run(guider.model_patcher, applications, texts)
+    run = _Run(guider.model_patcher, applications, texts, shape)
     # The guider's options are this run's own copy: what is put there ends with the run.
     wrappers = options.setdefault("wrappers", {})
     wrappers.setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [run.calc_cond_batch]
@@ -379,7 +397,33 @@ class _Step:
     active: dict[int, float]  # strengths by index of the run's applications
     chunks: dict[tuple[int, Any], _Chunk]  # (index of the conds list, uuid) -> chunk
     images: int
-    grid: tuple[int, int]  # (height, width) of the whole latent
+    grid: tuple[int, int]  # (height, width) of what is sampled: the whole latent, or a window of it
+    window: _Window | None
+    apart: tuple[int, ...]  # the applications that do not look at each other
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A context window of the host: indices of the whole latent along an axis (0 images, 2 rows, 3 columns)."""
+
+    axis: int
+    indices: tuple[int, ...]
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> _Window | None:
+        """The window that the host samples just now, where it does so by windows."""
+        window = options.get("context_window")
+        if window is None:
+            return None
+        before = getattr(window, "causal_anchor_index", None)  # one more in front, which newer hosts add
+        lead = (before,) if before is not None and before >= 0 else ()
+        return cls(window.dim, (*lead, *window.index_list))
+
+    def cut(self, x: Tensor) -> Tensor:
+        """What of a picture's x (images, 1, rows, columns) is in the window."""
+        if self.axis == 0 and len(x) == 1:
+            return x
+        return x.index_select(self.axis, torch.tensor(self.indices, device=x.device))
 
 
 @dataclass(frozen=True)
@@ -392,6 +436,17 @@ class _Part:
     places: Places
     area: tuple[int, ...] | None
     tile: bool
+
+    def halved(self) -> _Part:
+        """The same in front of a layer whose text has half the rows.
+
+        Packs of the NegPip kind give every token a row for K and one for V, which a patch of theirs takes apart. Where
+        places do not come in such pairs, somebody cut the text.
+        """
+        if any(row ^ 1 not in rows for rows in self.places.values() for row in rows):
+            return self
+        places = {name: tuple(sorted({row // 2 for row in rows})) for name, rows in self.places.items()}
+        return replace(self, length=self.length // 2, places=places)
 
 
 @dataclass(frozen=True)
@@ -416,18 +471,29 @@ class _Run:
         model: comfy.model_patcher.ModelPatcher,
         applications: tuple[Application, ...],
         texts: Mapping[str, Sequence[tuple[Tensor, _Text]]],
+        shape: Sequence[int],
     ) -> None:
         self.model = model
+        self.shape = shape  # of the whole latent, (images, channels, rows, columns)
+        self.separation: Separation | None = model.get_attachment(SEPARATION_KEY)
+        self.regions: Regions | None = None
+        if self.separation is not None and self.separation.strength and len(applications) > 1:
+            self.regions = Regions({i: a.mask for i, a in enumerate(applications) if a.mask is not None}, shape)
         self.applications = applications
         self.layers = unet_layers_of(model)[1]
         sampling = model.get_model_object("model_sampling")
-        self.windows = [(sampling.percent_to_sigma(a.start), sampling.percent_to_sigma(a.end)) for a in applications]
+
+        def window(of: Application | Separation) -> tuple[float, float]:
+            return sampling.percent_to_sigma(of.start), sampling.percent_to_sigma(of.end)
+
+        self.windows = [window(a) for a in applications]
+        self.apart_window = (0.0, 0.0) if self.separation is None else window(self.separation)
         self.keys_values: list[list[tuple[Tensor, Tensor] | None]] = []  # per application and layer, (1, N, C) each
         self.log_weights: list[Tensor | None] = []
         self.moved: dict[Any, Any] = {}  # tensors on the device and in the type of a layer, by what they are
         # By id of the conditioning tensor, which is kept alive.
         self.texts = {id(cond): (cond, text) for listed in texts.values() for cond, text in listed}
-        self.regions: dict[Any, _Text] = {}  # texts by where they stand in a batch that another pack arranged
+        self.arranged: dict[Any, _Text] = {}  # texts by where they stand in a batch that another pack arranged
 
     def load(self) -> None:
         """Compute K̈ and V̈ of every subject, once for the run.
@@ -463,7 +529,8 @@ class _Run:
         self.log_weights.clear()
         self.moved.clear()
         self.texts.clear()
-        self.regions.clear()
+        self.arranged.clear()
+        self.regions = None
 
     # -- once per step ------------------------------------------------------------------------------------------
 
@@ -471,18 +538,26 @@ class _Run:
         self, executor: Any, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
     ) -> Any:
         """CALC_COND_BATCH wrapper: which subjects act in this step, and which prompt has them where."""
-        active = self._strengths(float(timestep[0]), model_options.get("transformer_options", {}).get("sample_sigmas"))
+        options = model_options.get("transformer_options", {})
+        active = self._strengths(float(timestep[0]), options.get("sample_sigmas"))
         if active:
-            grid = (x_in.shape[-2], x_in.shape[-1])
+            grid, window = (x_in.shape[-2], x_in.shape[-1]), _Window.of(options)
             chunks = {
                 (i, entry["uuid"]): _Chunk(
-                    self._text(entry), _clipped(entry["area"], grid) if "area" in entry else None
+                    self._text(entry, (i, window)), _clipped(entry["area"], grid) if "area" in entry else None
                 )
                 for i, listed in enumerate(conds)
                 for entry in listed or ()
             }
-            step = _Step(active, chunks, x_in.shape[0], grid)
-            options = {**model_options.get("transformer_options", {}), KEY: step}
+            apart: tuple[int, ...] = ()
+            if self.regions is not None:
+                if window is not None:
+                    raise _not_apart("samples it in context windows")
+                self.regions.turn()
+                if self.apart_window[1] <= float(timestep[0]) <= self.apart_window[0]:
+                    apart = tuple(i for i in active if i in self.regions.known)
+            step = _Step(active, chunks, x_in.shape[0], grid, window, apart if len(apart) > 1 else ())
+            options = {**options, KEY: step}
             model_options = {**model_options, "transformer_options": options}
         return executor(model, conds, x_in, timestep, model_options)
 
@@ -500,13 +575,22 @@ class _Run:
                 strengths[i] = application.strength * factor
         return strengths
 
-    def _text(self, entry: Mapping[str, Any]) -> _Text | None:
+    def _text(self, entry: Mapping[str, Any], at: tuple[int, _Window | None]) -> _Text | None:
         """The text that an entry is sampled with. Its dictionary may be another's: where areas need an opposite, the
-        host copies dictionary, area and uuid of one prompt onto the tensor of another."""
+        host copies dictionary, area and uuid of one prompt onto the tensor of another.
+
+        at: index of the list the entry is in, and the window it is cut to. Windows of images have texts of their own,
+        made anew in every step.
+        """
         cross_attention = entry.get("model_conds", {}).get("c_crossattn")
         if cross_attention is None:
             return None
         cond = cross_attention.cond
+        if id(cond) not in self.texts and at[1] is not None:
+            key = ("window", *at, entry["uuid"], tuple(cond.shape))
+            if key not in self.arranged:
+                self.arranged[key] = _read_text(cond, {})
+            return self.arranged[key]
         if id(cond) not in self.texts:
             self.texts[id(cond)] = (cond, _read_text(cond, {}))
         return self.texts[id(cond)][1]
@@ -529,8 +613,11 @@ class _Run:
         options = dict(transformer_options)
         if step is not None and c_crossattn is not None:
             parts = self._parts(step, x, c_crossattn, options)
+            call = _Call(self, step, parts, c_crossattn.shape[1])
             if any(self._bound(step, part) for part in parts) or options.get("patches", {}).get("attn2_patch"):
-                options = self._with_patches(options, _Call(self, step, parts, c_crossattn.shape[1]))
+                options = self._with_patches(options, call)
+            if step.apart:
+                options = self._with_bounds(options, _Bounds(self, step, options, x))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def _parts(self, step: _Step, x: Tensor, context: Tensor, options: Mapping[str, Any]) -> list[_Part]:
@@ -542,7 +629,7 @@ class _Run:
         if len(x) != len(chunks) * step.images:
             # Another pack arranged the rows anew (tiles, mostly): each is known by its text, read once a run.
             for row in range(len(x)):
-                text = self._region((tuple(options["uuids"]), row, tuple(context.shape)), context[row])
+                text = self._arranged_text((tuple(options["uuids"]), row, tuple(context.shape)), context[row])
                 parts.append(_Part(row, row + 1, text.length, text.images[0], None, True))
             return parts
         for number, chunk in enumerate(chunks):
@@ -558,20 +645,22 @@ class _Run:
                 parts.append(_Part(first, last, chunk.text.length, places, chunk.area, tile))
         return parts
 
-    def _region(self, at: Any, text: Tensor) -> _Text:
-        if at not in self.regions:
-            self.regions[at] = _read_text(text[None], {})
-        return self.regions[at]
+    def _arranged_text(self, at: Any, text: Tensor) -> _Text:
+        if at not in self.arranged:
+            self.arranged[at] = _read_text(text[None], {})
+        return self.arranged[at]
 
-    def coupled_parts(self, call: _Call, context: Tensor, kinds: Sequence[int], uuids: Any) -> list[_Part]:
+    def coupled_parts(
+        self, step: _Step, own_parts: Sequence[_Part], context: Tensor, kinds: Sequence[int], uuids: Any
+    ) -> list[_Part]:
         """The parts after an attention-couple pack put further texts beside each positive one.
 
         kinds: what such packs record, an entry per part: 1 for the negative prompt, 0 for the positive one and then
         each of its regions. context: the texts as they go into the layer, (rows, T, D).
         """
-        rows, each = len(context) // len(kinds), call.step.images
+        rows, each = len(context) // len(kinds), step.images
         own = iter(range(len(context) // each))
-        by_start = {part.start // each: part for part in call.parts}
+        by_start = {part.start // each: part for part in own_parts}
         parts, current, left = [], None, 0
         positives = sum(kind != 1 for kind in kinds)
         chunks = len(uuids)
@@ -584,7 +673,7 @@ class _Run:
                 if current is not None:
                     parts.append(replace(current, start=start, stop=stop))
             else:
-                text = self._region((tuple(uuids), "couple", number, tuple(context.shape)), context[start])
+                text = self._arranged_text((tuple(uuids), "couple", number, tuple(context.shape)), context[start])
                 area, tile = (current.area, current.tile) if current is not None else (None, False)
                 parts.append(_Part(start, stop, text.length, text.images[0], area, tile))
             left -= 1
@@ -628,9 +717,18 @@ class _Run:
             "patches": {**patches, "attn2_patch": [*patches.get("attn2_patch", []), _note_context]},
         }
 
+    def _with_bounds(self, options: dict[str, Any], bounds: _Bounds) -> dict[str, Any]:
+        """A copy of the options with self-attention bounded in all layers that nobody else has replaced."""
+        replaced = options.get("patches_replace", {})
+        attn1 = dict(replaced.get("attn1", {}))
+        for layer in self.layers:
+            if layer.block not in attn1 and layer.block[:2] not in attn1:
+                attn1[layer.block] = bounds
+        return {**options, "patches_replace": {**replaced, "attn1": attn1}}
+
     # -- in the layers ------------------------------------------------------------------------------------------
 
-    def bound_rows(self, call: _Call, parts: list[_Part], text_length: int) -> list[_Bound]:
+    def bound_rows(self, step: _Step, parts: Sequence[_Part], text_length: int) -> list[_Bound]:
         """The parts that mention an active subject.
 
         text_length: rows of text that the batch has. The host repeats shorter prompts to the least common multiple of
@@ -640,9 +738,10 @@ class _Run:
         for part in parts:
             copies = range(0, text_length, part.length)
             places = {
-                i: tuple(start + row for start in copies for row in rows)
-                for i, rows in self._bound(call.step, part).items()
+                i: tuple(start + row for start in copies for row in rows if start + row < text_length)
+                for i, rows in self._bound(step, part).items()
             }
+            places = {i: rows for i, rows in places.items() if rows}
             if places:
                 bound.append(_Bound(part, places))
         return bound
@@ -666,14 +765,18 @@ class _Run:
             )
 
         def resize() -> Tensor:
-            whole = F.interpolate(mask[:, None].float(), size=step.grid, mode="area")
+            if step.window is None:
+                whole = F.interpolate(mask[:, None].float(), size=step.grid, mode="area")
+            else:
+                images = comfy.utils.repeat_to_batch_size(mask[:, None].float(), self.shape[0])
+                whole = step.window.cut(F.interpolate(images, size=self.shape[-2:], mode="area"))
             if part.area is not None:
                 h, w, y, x = part.area
                 whole = whole[:, :, y : y + h, x : x + w]
             grid = F.interpolate(whole, size=(height, width), mode="area").flatten(1)
             return comfy.utils.repeat_to_batch_size(grid, step.images).to(q.device)
 
-        key = ("mask", i, part.area, step.grid, height, width, step.images, q.device)
+        key = ("mask", i, part.area, step.grid, step.window, height, width, step.images, q.device)
         images = self._moved(key, resize)
         first = part.start % step.images
         return images[first : first + len(q)]
@@ -706,7 +809,21 @@ class _Run:
                 ),
             )
         terms = [self._term(i, at, layer, step, bound.part, q, shape) for i, at in here.items()]
-        nested_delta(q, k, v, heads, terms, attend, into=out, one_hot=one_hot)
+        observe = None if self.regions is None else partial(self._note, here, bound.part, step, shape)
+        nested_delta(q, k, v, heads, terms, attend, into=out, one_hot=one_hot, observe=observe)
+
+    def _note(
+        self, here: Mapping[int, tuple[int, ...]], part: _Part, step: _Step, shape: Sequence[int], prob: Tensor
+    ) -> None:
+        """Keeps where the words of subjects are looked at: prob (rows, Q, H, all their places)."""
+        assert self.regions is not None
+        if part.tile or shape[-2] * shape[-1] != prob.shape[1]:
+            raise _not_apart("samples the picture in tiles, or on another grid")
+        start = 0
+        for i, places in here.items():
+            seen = prob[..., start : start + len(places)].sum(-1).mean(-1)
+            start += len(places)
+            self.regions.note(i, part.start % step.images, seen, (shape[-2], shape[-1]), part.area)
 
     def _term(
         self, i: int, places: tuple[int, ...], layer: int, step: _Step, part: _Part, q: Tensor, shape: Sequence[int]
@@ -735,6 +852,51 @@ class _Run:
         )
 
 
+def _not_apart(what: str) -> NestedAttentionError:
+    return NestedAttentionError(
+        f"Separate Subjects can't tell where the subjects are: another node {what}. Take one of the two nodes out, or "
+        "give the subjects masks in Apply Subject and leave Separate Subjects out."
+    )
+
+
+class _Bounds:
+    """attn1 replacement of all layers in one call: subjects do not look at each other."""
+
+    def __init__(self, run: _Run, step: _Step, options: Mapping[str, Any], x: Tensor) -> None:
+        assert run.regions is not None and run.separation is not None
+        self.regions, self.strength, self.subjects = run.regions, run.separation.strength, step.apart
+        keys = zip(options["cond_or_uncond"], options["uuids"], strict=True)
+        chunks = [step.chunks.get(key) for key in keys]
+        self.areas = [chunk.area if chunk else None for chunk in chunks]
+        self.rows = len(x)
+        height, width = x.shape[-2:]
+        fits = all((height, width) == (step.grid if area is None else tuple(area[:2])) for area in self.areas)
+        if not fits or self.rows != len(chunks) * step.images:
+            raise _not_apart("samples the picture in tiles")
+        self._made: dict[Any, Tensor] = {}
+
+    def _bias(self, q: Tensor, shape: tuple[int, int]) -> Tensor:
+        """(B, Q, Q), or (1, Q, Q) for all rows."""
+        key = (shape, q.device, q.dtype)
+        if key not in self._made:
+            by_area = {
+                area: self.regions.bias(self.subjects, self.strength, shape, area).to(q.device, q.dtype)
+                for area in set(self.areas)
+            }
+            self._made[key] = (
+                next(iter(by_area.values()))
+                if len(by_area) == 1 and self.regions.images == 1
+                else torch.cat([by_area[area] for area in self.areas])
+            )
+        return self._made[key]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        height, width = extra_options["activations_shape"][-2:]
+        if len(q) != self.rows or not q.shape[1] == k.shape[1] == height * width:
+            raise _not_apart("changes what self-attention sees (HyperTile and token merging do)")
+        return scaled_dot_product(q, k, v, extra_options["n_heads"], self._bias(q, (height, width)))
+
+
 _CONTEXT = "nested_attention_context"
 
 
@@ -758,10 +920,12 @@ class _Call:
         key = (tuple(kinds) if kinds else None, q.shape[0], context.shape[1])
         if key not in self._rows:
             parts, length = self.parts, min(self.text_length, context.shape[1])
+            if context.shape[1] * 2 == self.text_length:
+                parts = [part.halved() for part in parts]
             if kinds and len(kinds) != len(extra_options["cond_or_uncond"]):
-                parts = self.run.coupled_parts(self, context, kinds, extra_options["uuids"])
+                parts = self.run.coupled_parts(self.step, parts, context, kinds, extra_options["uuids"])
                 length = context.shape[1]
-            self._rows[key] = self.run.bound_rows(self, parts, length)
+            self._rows[key] = self.run.bound_rows(self.step, parts, length)
         return self._rows[key]
 
 

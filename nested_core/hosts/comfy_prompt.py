@@ -118,24 +118,39 @@ def places_of(tokens: Mapping[str, Any], widths: Mapping[str, int], rows: int) -
     Args:
         tokens: the host's token lists per text encoder: {"g": [[(token, weight, ...), ...], ...], "l": ...}.
         widths: embedding width of each encoder, to know which textual-inversion vectors the host drops.
-        rows: length of the conditioning. SDXL cuts the longer of its two encoders' texts to the shorter.
+        rows: length of the conditioning. SDXL cuts the longer of its two encoders' texts to the shorter; packs of the
+            NegPip kind give every token two rows, for K and for V.
 
     Returns:
         placeholder -> ascending rows. With two texts (SDXL) a row is bound where either of them mentions it.
     """
     found: dict[str, set[int]] = {}
+    lengths = []
     for name, sections in tokens.items():
         start = 0
         for section in sections:
             at, dropped = start, 0
             for token, *_ in section:
                 here, padding = _rows_taken(token, widths.get(name, -1))
-                if isinstance(token, BoundToken) and at < rows:
+                if isinstance(token, BoundToken):
                     found.setdefault(token.placeholder, set()).add(at)
                 at += here
                 dropped += padding
             start = at + dropped
-    return {placeholder: tuple(sorted(places)) for placeholder, places in found.items()}
+        lengths.append(start)
+    length = min(lengths, default=0)
+    each = rows // length if length and rows % length == 0 else 1  # rows per token
+    kept = {name: sorted(row for at in places for row in range(at * each, (at + 1) * each) if row < rows)
+            for name, places in found.items()}  # fmt: skip
+    return {placeholder: tuple(places) for placeholder, places in kept.items() if places}
+
+
+def _without_doubles(cond: Tensor, places: Places) -> tuple[Tensor, Places]:
+    """A conditioning whose tokens may have a row for K and one for V: the first of each, and where it stands.
+
+    That is what an attention layer gets to see of it.
+    """
+    return cond[:, ::2], {name: tuple(sorted({row // 2 for row in rows})) for name, rows in places.items()}
 
 
 class Ledger:
@@ -233,6 +248,8 @@ class _BoundCLIP:
         }
         if places:
             LEDGER.add(cond, places)
+            if all(row ^ 1 in rows for rows in places.values() for row in rows):
+                LEDGER.add(*_without_doubles(cond, places))
         if values.get("pooled_output") is not None and not unprojected:
             at_placeholder = self._pooled_at_placeholder(tokens)
             if at_placeholder is not None:

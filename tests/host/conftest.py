@@ -5,6 +5,7 @@ Models have random weights and are small: `scripts/_studio.py`.
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import sys
@@ -22,6 +23,7 @@ HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "works_with(group, what, how): a row of docs/compatibility.md")
     base = tempfile.mkdtemp(prefix="nested-attention-host-")
     config.add_cleanup(lambda: shutil.rmtree(base, ignore_errors=True))
     _studio.import_host(HOST, Path(base))
@@ -65,16 +67,45 @@ def sd15(pack, clip_vision, photo):
     return _studio.Studio(pack, "sd15", clip_vision, photo)
 
 
+@pytest.fixture(scope="session")
+def node(pack):
+    """node(id, **inputs) -> the first output of a node of the host, what is not given at its default.
+
+    where_known: inputs that older hosts do not have.
+    """
+
+    def run(node_id, all_outputs=False, where_known=None, **inputs):
+        if node_id not in pack.host_nodes:
+            pytest.skip(f"this ComfyUI has no node {node_id}")
+        cls = pack.host_nodes[node_id]
+        types = cls.INPUT_TYPES()
+        defaults = {}
+        for name, (kind, *options) in {**types.get("required", {}), **types.get("optional", {})}.items():
+            options = options[0] if options else {}
+            if "default" in options:
+                defaults[name] = options["default"]
+            elif choices := kind if isinstance(kind, list) else options.get("options"):
+                defaults[name] = choices[0]
+        method = getattr(cls, "execute", None) or getattr(cls(), cls.FUNCTION)
+        taken = inspect.signature(method).parameters
+        known = {k: v for k, v in {**defaults, **(where_known or {})}.items() if k in taken}
+        result = method(**{**known, **inputs})
+        outputs = getattr(result, "result", result)
+        return outputs if all_outputs else outputs[0]
+
+    return run
+
+
 @pytest.fixture
 def fired(pack, monkeypatch):
     """One entry per layer call in which subjects act: q's and k's shape, the terms, and what they added."""
     calls = []
     original = pack.comfy.nested_delta
 
-    def spy(q, k, v, heads, terms, attend, into, one_hot):
+    def spy(q, k, v, heads, terms, attend, into, one_hot, observe):
         delta = original(q, k, v, heads, terms, attend, one_hot=one_hot)
         calls.append(SimpleNamespace(q=q.shape, k=k.shape, terms=terms, delta=delta))
-        return original(q, k, v, heads, terms, attend, into, one_hot)
+        return original(q, k, v, heads, terms, attend, into, one_hot, observe)
 
     monkeypatch.setattr(pack.comfy, "nested_delta", spy)
     return calls

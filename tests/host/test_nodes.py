@@ -1,4 +1,4 @@
-"""The eight nodes in the real host: what they offer, what they make, and what they say about bad input."""
+"""The nodes in the real host: what they offer, what they make, and what they say about bad input."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 IDS = {
+    "NestedAdjustSubject",
     "NestedEncoderLoader",
     "NestedEncodeSubject",
     "NestedApplySubject",
@@ -16,6 +17,7 @@ IDS = {
     "NestedSaveSubject",
     "NestedLoadSubject",
     "NestedCropSubject",
+    "NestedSeparateSubjects",
 }
 
 
@@ -49,7 +51,7 @@ def load(pack, name, **options):
 # -- what is offered ------------------------------------------------------------------------------------------------
 
 
-def test_the_host_knows_eight_nodes_and_each_explains_itself(pack):
+def test_the_host_knows_the_nodes_and_each_explains_itself(pack):
     assert set(pack.nodes) == IDS
     for node in pack.nodes.values():
         info = node.GET_NODE_INFO_V1()
@@ -75,7 +77,12 @@ def test_public_names_stay(pack):
             ["subject", "seen"],
         ),
         "NestedApplySubject": ([*common, "mask"], ["model", "clip"]),
-        "NestedApplySubjectAdvanced": ([*common, *advanced, "mask"], ["model", "clip"]),
+        "NestedApplySubjectAdvanced": ([*common, *advanced, "mask", "separation"], ["model", "clip"]),
+        "NestedAdjustSubject": (
+            ["model", "placeholder", "strength", "start_percent", "end_percent", "schedule", "values", "layer_weights"],
+            ["model"],
+        ),
+        "NestedSeparateSubjects": (["model", "strength", "start_percent", "end_percent"], ["model"]),
         "NestedMergeSubjects": (["subjects", "weights"], ["subject"]),
         "NestedSaveSubject": (["subject", "filename_prefix"], []),
         "NestedLoadSubject": (["encoder", "subject_name", "placeholder", "class_word"], ["subject"]),
@@ -285,7 +292,7 @@ def test_a_saved_subject_makes_the_same_picture(pack, sdxl, refused):
     assert torch.equal(sdxl.sample(a, positive, negative), sdxl.sample(b, positive, negative))
     renamed = node.execute(sdxl.encoder, name, "<her>", "girl")[0].subject
     assert (renamed.placeholder, renamed.class_word) == ("<her>", "girl")
-    with refused("test encoder sdxl 0.*test encoder sdxl 6"):
+    with refused("random encoder sdxl 8 0.*random encoder sdxl 8 6"):
         node.execute(sdxl.make_encoder(6), name)
 
 

@@ -1,0 +1,76 @@
+"""Subjects kept apart while ComfyUI samples: where each is, and self-attention bounded by that.
+
+The maths is in `nested_core.regions`. Where a subject is, its mask says, where it has one; else what its word is looked
+at, averaged over the layers of the steps before. So the first step is the plain one, unless all subjects have masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import comfy.utils
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..regions import memberships, separating_bias
+
+#: How much of what is known of the regions a step leaves as it was.
+_MEMORY = 0.5
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How far the subjects of a model are kept apart: σ, within a window in percent of the noise schedule (0 to 1)."""
+
+    strength: float
+    start: float
+    end: float
+
+
+class Regions:
+    """Where the subjects of a run are in its images, on the grid of the latent."""
+
+    def __init__(self, masks: Mapping[int, Tensor], latent: Sequence[int]) -> None:
+        """masks: (M, H, W) over the whole picture, of those subjects that have one. latent: (images, C, rows, cols)."""
+        self.images = latent[0]
+        self.grid = (latent[-2], latent[-1])
+        self.known: dict[int, Tensor] = {}  # by subject, (images, 1, *grid)
+        self.fixed = frozenset(masks)
+        self.sums: dict[int, Tensor] = {}
+        self.counts: dict[int, Tensor] = {}
+        for i, mask in masks.items():
+            whole = F.interpolate(mask[:, None].float(), size=self.grid, mode="area")
+            self.known[i] = comfy.utils.repeat_to_batch_size(whole, self.images)
+
+    def note(self, i: int, first: int, attention: Tensor, shape: tuple[int, int], area: Sequence[int] | None) -> None:
+        """What a layer saw of subject i: attention on its word (rows, Q) for the images from `first` on, on a grid of
+        `shape`, of the whole picture or of an area (h, w, y, x) of the latent."""
+        if i in self.fixed:
+            return
+        if i not in self.sums:
+            empty = torch.zeros(self.images, 1, *self.grid, device=attention.device)
+            self.sums[i], self.counts[i] = empty, empty.clone()
+        h, w, y, x = (*self.grid, 0, 0) if area is None else area
+        seen = F.interpolate(attention.float().unflatten(1, shape)[:, None], size=(h, w), mode="bilinear")
+        at = (slice(first, first + len(seen)), slice(None), slice(y, y + h), slice(x, x + w))
+        self.sums[i][at] += seen
+        self.counts[i][at] += 1
+
+    def turn(self) -> None:
+        """A step is over: what it saw is known from here on."""
+        for i, total in self.sums.items():
+            seen = total / self.counts[i].clamp_min(1)
+            self.known[i] = seen if i not in self.known else torch.lerp(seen, self.known[i], _MEMORY)
+        self.sums.clear()
+        self.counts.clear()
+
+    def bias(
+        self, subjects: Sequence[int], strength: float, shape: tuple[int, int], area: Sequence[int] | None
+    ) -> Tensor:
+        """What to add to the logits of self-attention on a grid of `shape`: (images, Q, Q)."""
+        maps = torch.cat([self.known[i].to(self.known[subjects[0]].device) for i in subjects], 1)
+        h, w, y, x = (*self.grid, 0, 0) if area is None else area
+        part = F.interpolate(maps[:, :, y : y + h, x : x + w], size=shape, mode="area" if h > shape[0] else "bilinear")
+        return separating_bias(memberships(part.flatten(2)), strength)

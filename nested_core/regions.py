@@ -1,0 +1,50 @@
+"""Where subjects are in a picture, from how much its parts look at their words; and self-attention bounded by that.
+
+Self-attention is the way by which two people of one picture melt into each other: a part of the one looks at the
+other, because they look alike. That is what "Be Yourself: Bounded Attention" (arXiv 2403.16990) holds against, with
+regions that a user draws and masks that are hard. Here regions are read off the outer attention that nested attention
+computes anyway, they are soft, and what lies in no region is free:
+
+    (1) r_s(q) = p_s(q) / max_q p_s(q)                     p_s: attention on the words of subject s
+    (2) m_s(q) = ramp(r_s(q)) · r_s(q)^4 / Σ_s' r_s'(q)^4   how far q belongs to s; Σ_s m_s(q) <= 1
+    (3) o(q, k) = Σ_{s ≠ s'} m_s(q) m_s'(k)                how far q and k belong to different subjects
+    (4) softmax over k of  q kᵀ / √d + log(1 - σ · o(q, k))
+
+so that a part of another subject counts 1 - σ·o as much as it would. σ = 0 is the plain attention.
+
+Shapes: B images, S subjects, Q places of a grid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: (2): below the first of these, relative to the most a word is looked at, is no part of the subject; above the second
+#: is all of it. In between, a ramp.
+RAMP = (0.2, 0.5)
+_SHARPNESS = 4
+
+
+def memberships(attention: Tensor) -> Tensor:
+    """Equations (1) and (2): attention on the subjects' words (B, S, Q) -> how far each place belongs to each, in fp32.
+
+    A subject that is not looked at anywhere has no region.
+    """
+    attention = attention.float()
+    relative = attention / attention.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    sharp = relative**_SHARPNESS
+    share = sharp / sharp.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    low, high = RAMP
+    return ((relative - low) / (high - low)).clamp(0, 1) * share
+
+
+def separating_bias(members: Tensor, strength: float) -> Tensor:
+    """Equations (3) and (4): memberships (B, S, Q), σ from 0 to 1 -> what to add to the logits, (B, Q, Q).
+
+    Where σ = 1 and both places belong wholly to different subjects, that is -inf; never on the diagonal of whole
+    memberships, so that something is left to look at.
+    """
+    anyone = members.sum(1)
+    other = anyone[:, :, None] * anyone[:, None, :] - members.transpose(1, 2) @ members
+    return torch.log1p(-strength * other.clamp(0, 1))
