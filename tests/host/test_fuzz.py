@@ -1,0 +1,195 @@
+"""Random prompts through the host's tokenizers: what is bound, against an independent way to find it.
+
+Pytest takes the same few hundred prompts every time. `NESTED_FUZZ=100000` (in the environment) takes as many new ones.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+EXAMPLES = int(os.environ.get("NESTED_FUZZ", "300"))
+FUZZ = settings(
+    max_examples=EXAMPLES,
+    derandomize="NESTED_FUZZ" not in os.environ,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+SUBJECTS = [
+    ("<anna>", "woman"),
+    ("<Rex>", "golden retriever"),
+    ("<a>", "zebrafish, striped"),
+    ("[ben]", "man"),
+    ("dog", "dog"),
+]
+
+WORDS = [
+    "a photo of",
+    "garden",
+    "dog",
+    "Dogs",
+    "hotdog",
+    "x",
+    "supercalifragilisticexpialidocious",
+    "BREAK",
+    "AND",
+    "1girl",
+]
+SIGNS = list("()[]{}<>,.:;!?*'\"\\/|&%$#@~^-_=+ \n\t") + [
+    ":1.2)",
+    "((",
+    "))",
+    r"\(",
+    r"\)",
+    "(x:0.5)",
+    "'s",
+    "...",
+    "  ",
+]
+LETTERS = [
+    "é",
+    "ß",
+    "写真",
+    "日本",
+    "سلام",
+    "👩‍🦰",
+    "📷",
+    "\u200b",
+    "e\u0301",
+    "Ω",
+    "naïve",
+    "Ünder",
+    "\x00",
+    "\ufeff",
+    "ﬁ",
+]
+PROMPTS = st.lists(
+    st.sampled_from([name for name, _ in SUBJECTS] * 3)
+    | st.sampled_from(["<ANNA>", "<rEX>", "<anna", "anna>", "<", ">", "<<anna>>", "<anna><a>", "< anna >", "[BEN]"])
+    | st.sampled_from(WORDS)
+    | st.sampled_from(SIGNS)
+    | st.sampled_from(LETTERS)
+    | st.text(max_size=8)
+    | st.sampled_from(["tree " * 80, "word" * 40]),
+    max_size=14,
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def clips(pack, sdxl):
+    """(stock CLIP, CLIP under which all SUBJECTS are bound)."""
+    bound = sdxl.clip
+    for name, word in SUBJECTS:
+        bound = pack.prompt.bind_clip(bound, pack.prompt.Placeholder(name, word))
+    return sdxl.clip, bound
+
+
+def read(text, subjects):
+    """(what the text encoder should read, who stands at each of its characters), by walking along the text."""
+    out, owners, i = "", [], 0
+    last_was_subject = False
+    ordered = sorted(subjects, key=lambda s: -len(s[0]))
+    while i < len(text):
+        for name, word in ordered:
+            written = text[i : i + len(name)]
+            plain = name.isidentifier()
+            inside_a_word = plain and (
+                (i > 0 and (text[i - 1].isalnum() or text[i - 1] == "_"))
+                or (i + len(name) < len(text) and (text[i + len(name)].isalnum() or text[i + len(name)] == "_"))
+            )
+            if written.lower() != name.lower() or inside_a_word:
+                continue
+            if last_was_subject:
+                out, owners = out + " ", [*owners, None]
+            shown = written if plain else word
+            out, owners = out + shown, owners + [name] * len(shown)
+            i += len(name)
+            last_was_subject = True
+            break
+        else:
+            out, owners, last_was_subject = out + text[i], [*owners, None], False
+            i += 1
+    return out, owners
+
+
+def flat(clip, text, branch):
+    """Tokens of a prompt without those that start, end and fill up sections."""
+    tokens = clip.tokenize(text, return_word_ids=True)[branch]
+    return [token for section in tokens for token, _, word in section if word]
+
+
+def expected_owners(tokenizer, text, subjects):
+    """(who stands at each token of a prompt, who at the word that a token is of), by its bytes: tokens are strings of
+    bytes, one after another. The two differ where a subject is glued to letters, as in "<anna>s"."""
+    from comfy.sd1_clip import escape_important, token_weights, unescape_important
+
+    decode = {ord(letter): byte for byte, letter in _byte_letters().items()}
+    exact, wide = [], []
+    for segment, _ in token_weights(escape_important(text), 1.0):
+        segment, owners = read(unescape_important(segment), subjects)
+        glued = [{owner} - {None} for owner in owners]
+        for order in (range(1, len(segment)), range(len(segment) - 2, -1, -1)):
+            step = 1 if order.step > 0 else -1
+            for i in order:
+                if segment[i].isalpha() and segment[i - step].isalpha():
+                    glued[i] = glued[i] | glued[i - step]
+        strings = tokenizer.convert_ids_to_tokens(tokenizer(segment)["input_ids"][1:-1]) if segment else []
+        parts = [bytes(decode[ord(letter)] for letter in string.removesuffix("</w>")) for string in strings]
+        every, at = b"".join(parts), []
+        for i, character in enumerate(segment):
+            encoded = character.lower().encode("utf-8", "surrogatepass")
+            if every[len(at) : len(at) + len(encoded)] == encoded:  # else a blank, or what the tokenizer drops
+                at += [i] * len(encoded)
+        assert len(at) == len(every), (segment, every)
+        start = 0
+        for part in parts:
+            here = at[start : start + len(part)]
+            exact.append({owners[i] for i in here} - {None})
+            wide.append(set().union(*(glued[i] for i in here)))
+            start += len(part)
+    return exact, wide
+
+
+def _byte_letters():
+    """The letter that stands for each byte in CLIP's vocabulary (GPT-2's table)."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {b: chr(b) for b in kept}
+    table.update({b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in kept)})
+    return table
+
+
+@FUZZ
+@given(PROMPTS)
+def test_what_is_bound_is_where_the_subjects_stand(clips, text):
+    stock, bound = clips
+    if not unicodedata.is_normalized("NFC", read(text, SUBJECTS)[0]):
+        bound.tokenize(text)  # letters that melt with the subject's: no telling whose they are
+        return
+    for branch, tokenizer in (("l", stock.tokenizer.clip_l), ("g", stock.tokenizer.clip_g)):
+        got = flat(bound, text, branch)
+        assert [int(token) for token in got] == flat(stock, read(text, SUBJECTS)[0], branch)
+        exact, wide = expected_owners(tokenizer.tokenizer, text, SUBJECTS)
+        assert len(exact) == len(got)
+        for token, sure, allowed in zip(got, exact, wide, strict=True):
+            who = getattr(token, "placeholder", None)
+            assert who in sure if sure else who is None or who in allowed, (text, who, sure, allowed)
+
+
+@FUZZ
+@given(st.text(min_size=1, max_size=12), st.text(min_size=1, max_size=16), PROMPTS)
+def test_any_placeholder_binds_or_is_refused(pack, sdxl, name, word, text):
+    """Random names and class words: a clear refusal, or a word that is found wherever it is written."""
+    try:
+        name = pack.subject.validate_placeholder(name)
+        word = pack.subject.validate_class_word(word)
+        clip = pack.prompt.bind_clip(sdxl.clip, pack.prompt.Placeholder(name, word))
+    except pack.errors.NestedAttentionError as error:
+        assert len(str(error)) > 40
+        return
+    assert any(hasattr(token, "placeholder") for token in flat(clip, f"{text} , {name} , x", "l"))
