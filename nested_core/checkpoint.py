@@ -824,7 +824,7 @@ def _read_safetensors(path: Path, size: int) -> tuple[State, dict[str, str]]:
         if size >= whole:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise NestedAttentionError(f"The safetensors file is damaged ({error}). Get it again.") from error
     raise NestedAttentionError(
         f"The file is cut short: it has {size:,} of at least {whole:,} bytes. The download stopped early: get it again."
@@ -852,7 +852,7 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
             "The file holds Python objects besides tensors, which could run any code when opened, or it is damaged. "
             "It was not opened. Get the encoder as safetensors, or export a .bin that holds tensors only."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # PyTorch's reader ends in many ways on damaged bytes, IndexError among them
         raise NestedAttentionError(
             f"The PyTorch file is damaged or cut short ({str(error).splitlines()[0] if str(error) else 'no content'}). "
             f"Get it again."

@@ -400,7 +400,7 @@ def load_subject(
             token_weights=tensors.get("token_weights"),
             provenance={str(key): str(value) for key, value in provenance.items()},
         )
-    except (KeyError, AttributeError, ValueError, OSError, safetensors.SafetensorError) as error:
+    except (KeyError, AttributeError, ValueError, RecursionError, OSError, safetensors.SafetensorError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise NestedAttentionError(
             f"{path.name} is a saved subject, but damaged: {reason.rstrip('.')}. Save the subject again."

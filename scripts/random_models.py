@@ -35,6 +35,14 @@ def provide_models(host: Path, models: Path, pictures: Path, photo: bool = True)
 
     Returns the file names by the graph's input: "ckpt_name", "clip_name", "encoder_name" and "image".
     """
+    from filelock import FileLock
+
+    models.mkdir(parents=True, exist_ok=True)
+    with FileLock(models / ".lock"):  # tests of several hosts run side by side
+        return _provide_models(host, models, pictures, photo)
+
+
+def _provide_models(host: Path, models: Path, pictures: Path, photo: bool) -> dict[str, str]:
     recipe = _hash(Path(__file__))
     encoder_recipe = _hash(Path(__file__), *sorted((REPO / "nested_core").glob("[!_]*.py")))
     checkpoint = models / "checkpoints" / CHECKPOINT

@@ -6,7 +6,7 @@
     python scripts/test.py tests/unit/test_x.py   only these tests, no linters
 
 Sets up what it needs first (see _setup.py). With COMFYUI_PATH the host tests run inside that ComfyUI, with the Python
-this is started with.
+this is started with. Stages run side by side, as many as there are cores (at most three); every line says whose it is.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import _setup
+import compatibility
 from _setup import HOSTS, REPO, STATE, SetupError, say
 
 NOTHING_COLLECTED = 5  # pytest's exit code
@@ -51,25 +53,66 @@ def main() -> int:
     if not extra:
         stages["ruff"] = ([*python, "ruff", "check", "."], {})
         stages["mypy"] = ([*python, "mypy"], {})
-        stages["mypy, nodes"] = ([*python, "mypy", "-p", f"{_as_package()}.nodes"], {"MYPYPATH": str(STATE)})
+        stages["mypy, nodes"] = (
+            [*python, "mypy", "--cache-dir", str(STATE / "mypy"), "-p", f"{_as_package()}.nodes"],
+            {"MYPYPATH": str(STATE)},
+        )
     if chosen := _within(paths, "tests/unit"):
         stages["unit tests"] = ([*python, "pytest", *chosen, *options], {})
     if chosen := _within(paths, "tests/host"):
         for version, host in hosts.items():
             command = [*python, "pytest", *chosen, *options]
-            stages[f"host tests, ComfyUI {version}"] = (command, {"COMFYUI_PATH": str(host)})
+            environment = {"COMFYUI_PATH": str(host)}
+            if not extra:
+                environment["NESTED_ATTENTION_COMPATIBILITY"] = str(compatibility.results_file(version))
+            stages[f"host tests, ComfyUI {version}"] = (command, environment)
 
-    results = {}
     try:
-        for title, (command, environment) in stages.items():
-            say(f"{title}: {' '.join(command[2:])}")
-            begun = time.monotonic()
-            code = subprocess.call(command, cwd=REPO, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment})
-            results[title] = (code, time.monotonic() - begun)
+        results = _run(stages)
     finally:
         if os.path.lexists(PACKAGE):
             _setup.unlink(PACKAGE)  # a link of the repository in itself is a trap for whatever walks folders
-    return _report(results, chosen=bool(extra))
+    code = _report(results, chosen=bool(extra))
+    if code == 0 and not extra and list(hosts) == list(HOSTS) and compatibility.PAGE.read_text("utf-8") != (
+        compatibility.page()
+    ):  # fmt: skip
+        say("docs/compatibility.md is not what this run saw: run python scripts/compatibility.py")
+        return 1
+    return code
+
+
+def _run(stages: dict[str, tuple[list[str], dict[str, str]]]) -> dict[str, tuple[int, float]]:
+    """Runs the stages, some at a time; (exit code, seconds) of each."""
+    running: set[subprocess.Popen[str]] = set()
+    cores = os.cpu_count() or 1
+    jobs = max(1, min(cores, len(stages), 3))
+    # One test process does not make good use of several cores: its operations are small.
+    shared = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, cores // jobs))}
+
+    def run(title: str) -> tuple[int, float]:
+        command, environment = stages[title]
+        say(f"{title}: {' '.join(command[2:])}")
+        begun = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=REPO, env={**shared, **os.environ, **environment}, text=True, encoding="utf-8",
+            errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        running.add(process)
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(f"{title} | {line}", end="", flush=True)
+        code = process.wait()
+        running.discard(process)
+        return code, time.monotonic() - begun
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            return dict(zip(stages, pool.map(run, stages), strict=True))
+        except BaseException:  # told to stop: what runs is stopped, what waits is left out
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
+            raise
 
 
 def _as_package() -> str:

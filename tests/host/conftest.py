@@ -6,12 +6,15 @@ Models have random weights and are small: `scripts/_studio.py`.
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -19,14 +22,34 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import _studio  # noqa: E402
 
+_SEEN = pytest.StashKey[list[dict[str, str]]]()
 HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "works_with(group, what, how): a row of docs/compatibility.md")
+    config.stash[_SEEN] = []
     base = tempfile.mkdtemp(prefix="nested-attention-host-")
     config.add_cleanup(lambda: shutil.rmtree(base, ignore_errors=True))
     _studio.import_host(HOST, Path(base))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    mark = item.get_closest_marker("works_with")
+    if mark and (report.when == "call" or report.outcome != "passed"):
+        group, what, how = mark.args
+        row = {"group": group, "what": what, "how": how, "outcome": report.outcome}
+        item.config.stash[_SEEN].append(row)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leaves what was seen of the marked tests where `scripts/compatibility.py` looks for it, if it was all of them."""
+    if path := os.environ.get("NESTED_ATTENTION_COMPATIBILITY"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(session.config.stash[_SEEN], indent=1), "utf-8")
 
 
 @pytest.fixture(autouse=True)

@@ -94,6 +94,9 @@ def test_a_mask_of_zeros_is_the_plain_model_and_ones_is_no_mask(sdxl):
     assert 0 < (partly - untouched).norm() < 1.2 * (with_subject - untouched).norm()
 
 
+@pytest.mark.works_with(
+    "Conditioning", "Masks per subject, latents that are not square, batches", "on the grid of each layer"
+)
 def test_a_mask_acts_where_it_is_white(sdxl, fired):
     """On the left half only, on a grid that is not square, for a batch of two: in every layer."""
     mask = torch.zeros(1, 128, 192)
@@ -268,6 +271,7 @@ def test_attention_override_sees_the_nested_attention(scene, sdxl):
     [(torch.bfloat16, None), (torch.float16, None), (torch.float8_e4m3fn, torch.float32)],
     ids=["bf16", "fp16", "fp8 weights"],
 )
+@pytest.mark.works_with("Host", "fp16, bf16, fp8 weights", "the nested attention in the type of the layer")
 def test_models_in_other_types(sdxl, fired, weights, compute):
     model = sdxl.make_model(weights, compute)
     patched, clip = sdxl.apply(model=model)

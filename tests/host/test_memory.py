@@ -95,6 +95,7 @@ def test_twenty_runs_end_with_the_memory_they_began_with(pack, sdxl, device_memo
     assert torch.equal(run(*kinds[0]), first)
 
 
+@pytest.mark.works_with("Host", "--lowvram, --novram", "the encoder may stay off the device; tried on a CPU")
 def test_an_encoder_that_is_not_wholly_on_the_device_gives_the_same(pack, sdxl, monkeypatch):
     """As with --lowvram and --novram: the host puts few weights on the device, the rest is cast as it is used."""
     import comfy.model_management
@@ -177,6 +178,7 @@ def test_what_others_computed_is_not_changed_in_place(sdxl):
         assert kept and all(torch.equal(out, as_it_was) for out, as_it_was in kept)
 
 
+@pytest.mark.works_with("Host", "Multi-GPU", "K̈ and V̈ on each device; tried with two names of a CPU")
 def test_several_devices(sdxl, fired):
     """The host's multi-GPU clones, two names of the CPU for two GPUs: K̈ and V̈ for each, and none afterwards."""
     from comfy.model_patcher import ModelPatcher

@@ -43,6 +43,9 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("text", PROMPTS)
+@pytest.mark.works_with(
+    "Prompt", "Weights, brackets, escapes, other scripts, emoji", "the text encoder sees the class word; bit for bit"
+)
 def test_placeholder_reads_as_its_class_word_and_is_found(bound, text, sdxl):
     cond = sdxl.encode(bound[1], text)
     stock_text = text.replace("<person>", "person").replace("<PERSON>", "person")
@@ -86,6 +89,7 @@ def test_glued_and_neighbouring_placeholders(sdxl):
 
 
 @pytest.mark.parametrize("at", [0, 40, 74, 75, 76, 77, 120, 160])
+@pytest.mark.works_with("Prompt", "Prompts over 77 tokens", "at any place, across chunks")
 def test_long_prompts(bound, at, sdxl):
     text = "tree " * at + "<person>" + " lake" * 30
     cond, stock_text = sdxl.encode(bound[1], text), text.replace("<person>", "person")
@@ -93,6 +97,7 @@ def test_long_prompts(bound, at, sdxl):
     assert places(cond) == {"<person>": tuple(row_of(sdxl.clip, stock_text, "person"))}
 
 
+@pytest.mark.works_with("Prompt", "CLIPTextEncodeSDXL", "bound where either text mentions it")
 def test_two_texts_of_sdxl_bind_where_either_mentions(pack, bound, sdxl):
     node = pack.host_nodes["CLIPTextEncodeSDXL"]
     size = dict(width=1024, height=1024, crop_w=0, crop_h=0, target_width=1024, target_height=1024)
@@ -109,6 +114,7 @@ def test_two_texts_of_sdxl_bind_where_either_mentions(pack, bound, sdxl):
     assert places(two_texts(bound[1], long + "<person>", "x <person>"))["<person>"][0] == 2
 
 
+@pytest.mark.works_with("Prompt", "Textual inversion embeddings", "beside the subject, also of another width")
 def test_embeddings_beside_a_placeholder(pack, sdxl, tmp_path):
     """Textual inversions take as many rows as they have vectors; those of another width are dropped and padded."""
     from safetensors.torch import save_file
@@ -144,6 +150,7 @@ def _skip(clip):
 
 
 @pytest.mark.parametrize("change", [_lora, _skip], ids=["lora", "clip skip"])
+@pytest.mark.works_with("Prompt", "LoRA on the text encoder, CLIP Set Last Layer", "before or after")
 def test_lora_and_clip_skip_before_or_after(sdxl, change):
     subject = sdxl.subject()
     stock = sdxl.encode(change(sdxl.clip), "photo of person")
@@ -177,6 +184,7 @@ def test_other_ways_to_encode(bound, sdxl):
         assert values["nested_attention"]["places"] == {"<person>": [3]}
 
 
+@pytest.mark.works_with("Other packs", "Nodes that cut, join or reweigh token lists", "tokens remember their word")
 def test_tokens_survive_what_packs_do_to_lists(bound):
     clip = bound[1]
     tokens = clip.tokenize("photo of <person>")
@@ -210,6 +218,9 @@ def sampled(bound, fired, sdxl):
     return run
 
 
+@pytest.mark.works_with(
+    "Conditioning", "Combine, Concat, Average, SetMask, SetTimestepRange, ZeroOut", "each prompt binds its own"
+)
 def test_binding_survives_conditioning_nodes(pack, bound, sampled, sdxl):
     clip, nodes = bound[1], pack.host_nodes
     one, other = sdxl.encode(clip, "photo of <person>"), sdxl.encode(clip, "a lake")
@@ -230,6 +241,7 @@ def test_binding_survives_conditioning_nodes(pack, bound, sampled, sdxl):
     assert sampled(one, cfg=1.0) == [(1, 77, (3,))]
 
 
+@pytest.mark.works_with("Conditioning", "SetArea", "the prompt, and not its opposite in the area")
 def test_area_conditioning_binds_the_prompt_and_not_its_opposite(pack, bound, sampled, sdxl):
     """The host copies a prompt's dictionary and uuid onto the negative tensor it pairs with the area."""
     clip, nodes = bound[1], pack.host_nodes
@@ -263,6 +275,7 @@ def test_scheduled_prompts_bind_in_their_steps(pack, bound, sampled, sdxl):
     assert sampled(both, steps=4) == [(1, 77, (1,)), (1, 77, (3,))]
 
 
+@pytest.mark.works_with("Conditioning", "Prompts of unequal length in one batch", "all copies of the shorter are bound")
 def test_longer_and_shorter_prompts_in_one_batch(bound, sampled, sdxl):
     """The host repeats the shorter prompt to the common length: every copy is bound."""
     clip = bound[1]
@@ -274,6 +287,9 @@ def test_batches_bind_every_picture(bound, sampled, sdxl):
     assert sampled(sdxl.encode(bound[1], "<person>"), batch=2) == [(2, 77, (1,))]
 
 
+@pytest.mark.works_with(
+    "Other packs", "Text encode nodes that rebuild the conditioning", "found again by its rows, also cast or scaled"
+)
 def test_dictionaries_that_were_rebuilt_are_found_by_their_rows(bound, sampled, sdxl):
     """What text-encode packs of the older kind return: [[cond, {"pooled_output": pooled}]], perhaps cast or scaled."""
     cond, values = sdxl.encode(bound[1], "watercolour of <person> by a lake")[0]
@@ -303,6 +319,7 @@ def test_the_advanced_node_can_skip(sdxl):
     assert torch.equal(sdxl.sample(model, positive, negative), sdxl.sample(sdxl.model, positive, negative))
 
 
+@pytest.mark.works_with("Guidance", "PerpNeg, DualCFG", "prompts numbered above 1")
 def test_guiders_with_more_than_two_prompts(pack, bound, fired, sdxl):
     """PerpNeg and DualCFG number their prompts beyond 1."""
     import comfy.sample
@@ -353,6 +370,9 @@ def _couple(region, key):
 
 
 @pytest.mark.parametrize("key", ["cond_or_uncond_couple", "cond_or_uncond_hook_couple"])
+@pytest.mark.works_with(
+    "Other packs", "Attention couple (both recorded layouts)", "the base prompt and each region bind their own"
+)
 def test_attention_couple_layouts(bound, fired, key, sdxl):
     """The base prompt keeps its rows, and a region's text that mentions the subject is bound in the region's rows."""
     model, clip = bound
@@ -383,6 +403,9 @@ def test_a_subject_that_only_a_region_mentions(bound, fired, sdxl, caplog):
     assert "No positive prompt mentions <person>, unless" in caplog.text
 
 
+@pytest.mark.works_with(
+    "Other packs", "Tiled sampling (several tiles per call)", "without masks; a mask is refused with a message"
+)
 def test_tiles_in_an_order_of_their_own(bound, sdxl):
     """Tiled-diffusion packs send all tiles of a batch in one call: negative, positive, negative, positive."""
     model, clip = bound
@@ -418,6 +441,7 @@ def test_a_mask_is_refused_on_tiles(pack, sdxl):
         sdxl.sample(model, sdxl.encode(clip, "<person>"), sdxl.encode(clip, ""))
 
 
+@pytest.mark.works_with("Conditioning", "A prompt per picture of the batch", "each picture at its own place")
 def test_a_prompt_per_picture_of_the_batch(bound, fired, sdxl):
     """Prompt travel: one conditioning with a text for each image. Every image is bound at its own place."""
     model, clip = bound
@@ -445,6 +469,7 @@ def test_prompts_in_use_are_not_forgotten(pack, bound, sdxl, sampled, monkeypatc
     assert len(pack.prompt.LEDGER.entries) == 4
 
 
+@pytest.mark.works_with("Other packs", "attn2 replacements by hooks", "called for the first term")
 def test_replacements_that_hooks_bring_stay_in_the_first_term(bound, sdxl):
     import comfy.hooks
 
@@ -477,6 +502,7 @@ def test_placeholders_in_any_case(sdxl, placeholder, written):
     assert found in ({placeholder: (3,)}, {})  # what counts as another case is Unicode's matter; never an error
 
 
+@pytest.mark.works_with("Speed", "TorchCompileModel", "runs uncompiled while a subject acts")
 def test_a_compiled_model_does_not_go_on_without_the_subject(sd15):
     """The host's compile node hides changes of transformer_options from the compiler, which would reuse a graph."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper

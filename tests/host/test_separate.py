@@ -128,6 +128,9 @@ def test_nodes_that_hide_the_grid_are_named(pack, node, sd15, pair, separate, no
         sd15.sample(hidden, positive, negative, size=(16, 16), steps=2)
 
 
+@pytest.mark.works_with(
+    "Guidance", "Separate Subjects with other self-attention replacements", "their layers stay theirs"
+)
 def test_other_self_attention_replacements_stay(node, sd15, pair, separate, biases):
     """As Self-Attention Guidance puts one in the middle: that layer is theirs, all others are bounded."""
     model, _, positive, negative = pair

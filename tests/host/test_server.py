@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import _graphs
 import _setup
@@ -34,8 +35,10 @@ def names(work):
 @pytest.fixture(scope="module")
 def server(work, names):
     pack = _setup.link_pack(HOST)
-    with _setup.Server(HOST, work, models=_setup.STATE / "models", only=[pack]) as running:
-        yield running
+    # With models of full size: not two of them at a time, where the tests of several hosts run side by side.
+    with FileLock(_setup.STATE / "server.lock"):
+        with _setup.Server(HOST, work, models=_setup.STATE / "models", only=[pack]) as running:
+            yield running
 
 
 def portrait(names, prompt):

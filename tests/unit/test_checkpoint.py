@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -699,6 +700,8 @@ def test_bin_with_objects_is_not_opened(tmp_path: Path) -> None:
         (b"\0\0\0\0\xff\0\0\0{", "The file is cut short: it has 9 of at least 1,095,216,660,488 bytes."),
         (b"PK\x03\x04 and then nothing", "The PyTorch file is damaged or cut short"),
         (b"\x80\x02", "The PyTorch file is damaged or cut short"),
+        (b"\x80\x02t.", "The PyTorch file is damaged or cut short"),  # an IndexError inside PyTorch
+        (struct.pack("<Q", 10_000) + b"{" + b'"a":[' + b"[" * 9_994, "The safetensors file is damaged"),
     ],
 )
 def test_files_that_hold_no_weights(tmp_path: Path, content: bytes, said: str) -> None:

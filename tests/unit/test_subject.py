@@ -491,6 +491,7 @@ def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **metada
         (None, {"views": "many"}, ["damaged", "many"]),
         (None, {"provenance": "{"}, ["damaged"]),
         (None, {"provenance": "[]"}, ["damaged"]),
+        (None, {"provenance": "[" * 100_000}, ["damaged"]),
         ({"other": torch.zeros(1)}, {}, ["damaged", "'tokens' is missing"]),
         ({"tokens": torch.zeros(4, 8)}, {}, ["damaged", "(4, 8)", "(1, N, C)"]),
         ({"tokens": torch.full((1, 4, 8), torch.nan)}, {}, ["damaged", "NaN"]),

@@ -1,0 +1,68 @@
+"""Writes docs/compatibility.md from what the last run of `python scripts/test.py` saw.
+
+    python scripts/test.py && python scripts/compatibility.py
+
+Rows are tests with the mark `works_with`; `scripts/test.py` fails where the page is not what its run saw.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import _setup
+from _setup import HOSTS, REPO, STATE, SetupError, say
+
+PAGE = REPO / "docs" / "compatibility.md"
+_SIGNS = {"passed": "yes", "skipped": "no such node", "failed": "**fails**"}
+_ORDER = ("Other packs", "Prompt", "Conditioning", "Weights", "Guidance", "Picture", "Speed", "Sampling", "Host")
+
+
+def results_file(version: str) -> Path:
+    """Where the host tests of a ComfyUI version leave what they saw of the marked tests."""
+    return STATE / "compatibility" / f"{version}.json"
+
+
+def page() -> str:
+    """docs/compatibility.md as the last runs saw it. Raises SetupError where a host's are missing."""
+    seen: dict[str, list[dict[str, str]]] = {}
+    for version in HOSTS:
+        if not results_file(version).is_file():
+            raise SetupError(f"There are no results for ComfyUI {version}: run python scripts/test.py first.")
+        seen[version] = json.loads(results_file(version).read_text("utf-8"))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    how: dict[tuple[str, str], str] = {}
+    for version, found in seen.items():
+        for entry in found:
+            key = (entry["group"], entry["what"])
+            how[key] = entry["how"]
+            before = rows.setdefault(key, {}).get(version)
+            # A row of several tests is as good as the worst of them.
+            rows[key][version] = entry["outcome"] if before in (None, "passed") else str(before)
+    lines = [
+        "# What works with what",
+        "",
+        "Every row is one or more tests that run inside a real ComfyUI of each version, with models of random weights;",
+        "`python scripts/test.py` runs them, and `python scripts/compatibility.py` writes this page from what it saw.",
+        "",
+        "*Before or after*: with the other node in front of Apply Subject or behind it, the picture is the same, bit",
+        "for bit, and with the subject at strength 0 it is that of the other node alone, bit for bit. Packs are stood",
+        "in for by patches of their kind, written for these tests.",
+    ]
+    for group in sorted({group for group, _ in rows}, key=lambda g: (_ORDER.index(g) if g in _ORDER else 99, g)):
+        lines += ["", f"## {group}", "", f"| | {' | '.join(HOSTS)} | how |", "|---" * (len(HOSTS) + 2) + "|"]
+        for (own, what), outcomes in sorted(rows.items()):
+            if own == group:
+                cells = [_SIGNS[outcomes[version]] if version in outcomes else "not run" for version in HOSTS]
+                lines.append(f"| {what} | {' | '.join(cells)} | {how[own, what]} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    PAGE.write_text(page(), "utf-8")
+    say(f"written: {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    _setup.run_main(main)
