@@ -36,6 +36,13 @@ class PerceiverAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
+    def weights(self, features: Tensor, latents: Tensor) -> Tensor:
+        """What `forward` looks at, the mean over heads: (B, N, T + N) in fp32, features first."""
+        features, latents = self.norm1(features), self.norm2(latents)
+        q = self._split(self.to_q(latents)).float()
+        k = self._split(self.to_kv(torch.cat((features, latents), dim=1)).chunk(2, dim=-1)[0]).float()
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(1)
+
     def _split(self, x: Tensor) -> Tensor:
         """(B, L, heads·d) -> (B, heads, L, d)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -99,6 +106,26 @@ class Resampler(nn.Module):
             latents = latents + attention(features, latents)
             latents = latents + mlp(latents)
         return self.norm_out(self.proj_out(latents))
+
+    def attention(self, features: Tensor) -> Tensor:
+        """Where each subject token comes from: features (B, T, embedding_dim) -> (B, num_queries, T) in fp32, rows
+        that sum to 1.
+
+        Attention of all layers, rolled out (Abnar and Zuidema, arXiv 2005.00928): a latent holds in equal parts what it
+        held and what it looks at, the other latents among it.
+        """
+        features = self.proj_in(features)
+        latents = self.latents.to(features).expand(features.shape[0], -1, -1)
+        count = features.shape[1]
+        held = torch.zeros(*latents.shape[:2], count, device=features.device)
+        for layer in self.layers:
+            attention, mlp = layer.children()
+            assert isinstance(attention, PerceiverAttention)
+            looks = attention.weights(features, latents)
+            held = (held + looks[..., :count] + looks[..., count:] @ held) / 2
+            latents = latents + attention(features, latents)
+            latents = latents + mlp(latents)
+        return held / held.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
 class ImageProjection(nn.Module):

@@ -6,6 +6,7 @@ from .crop import NestedCropSubject
 from .encode import NestedEncodeSubject, NestedMergeSubjects
 from .library import NestedLoadSubject, NestedSaveSubject
 from .loader import NestedEncoderLoader
+from .record import NestedAttentionMaps, NestedExplain, NestedRecordAttention
 from .separate import NestedSeparateSubjects
 
 NODES = [
@@ -19,4 +20,7 @@ NODES = [
     NestedSaveSubject,
     NestedLoadSubject,
     NestedCropSubject,
+    NestedRecordAttention,
+    NestedAttentionMaps,
+    NestedExplain,
 ]

@@ -8,7 +8,7 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..nested_core.errors import NestedAttentionError
-from ..nested_core.hosts.comfy import HostEncoder, HostSubject, encode_tokens
+from ..nested_core.hosts.comfy import HostEncoder, HostSubject, View, encode_tokens
 from ..nested_core.images import content_hash, prepare
 from ..nested_core.subject import Subject, merge_subjects, validate_class_word, validate_placeholder
 from .types import CATEGORY, NestedEncoder, NestedSubject
@@ -106,7 +106,8 @@ class NestedEncodeSubject(io.ComfyNode):
     ) -> io.NodeOutput:
         placeholder, class_word = validate_placeholder(placeholder), validate_class_word(class_word)
         seen = prepare(image, mask, fit, clip_vision.image_size)
-        tokens = encode_tokens(encoder, vision_features(encoder, clip_vision, seen))
+        features = vision_features(encoder, clip_vision, seen)
+        tokens = encode_tokens(encoder, features)
         subject = Subject(
             tokens=tokens,
             placeholder=placeholder,
@@ -121,7 +122,8 @@ class NestedEncodeSubject(io.ComfyNode):
                 "image_features": encoder.config.image_features,
             },
         )
-        return io.NodeOutput(HostSubject(encoder, subject), seen)
+        views = tuple(View(seen[i : i + 1], features[i : i + 1]) for i in range(len(seen)))
+        return io.NodeOutput(HostSubject(encoder, subject, views), seen)
 
 
 _VIEWS = [f"subject_{i}" for i in range(1, 17)]
@@ -171,4 +173,7 @@ class NestedMergeSubjects(io.ComfyNode):
                     f'"{", ".join(["1"] * len(hosted))}", or nothing.'
                 ) from error
         merged = merge_subjects([h.subject for h in hosted], numbers)
-        return io.NodeOutput(HostSubject(hosted[0].encoder, merged))
+        views: tuple[View, ...] = ()
+        if all(h.views for h in hosted):  # in the order of the tokens, which those of weight 0 are not among
+            views = tuple(v for h, w in zip(hosted, numbers or [1.0] * len(hosted), strict=True) if w for v in h.views)
+        return io.NodeOutput(HostSubject(hosted[0].encoder, merged, views))

@@ -38,13 +38,16 @@ from ..checkpoint import load_encoder
 from ..encoder import EncoderConfig, NestedEncoder
 from ..errors import NestedAttentionError
 from ..layers import FAMILIES, CrossAttentionLayer, Family, family_of
+from ..maps import Query, Seen
 from ..schedule import Schedule, step_of
 from ..subject import Subject
 from .comfy_prompt import Placeholder, Places, bind_clip, places_in_conditioning
+from .comfy_recording import Recorder, Recording
 from .comfy_regions import Regions, Separation
 
 KEY = "nested_attention"
 SEPARATION_KEY = "nested_attention_separation"
+RECORDING_KEY = "nested_attention_recording"
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +69,24 @@ class HostEncoder:
 
 
 @dataclass(frozen=True, eq=False)
+class View:
+    """What the encoder was shown: the square `seen` (1, S, S, 3), and its features (1, T, E) or, pooled, (1, E)."""
+
+    seen: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class HostSubject:
-    """NESTED_SUBJECT: a subject together with the encoder that made it."""
+    """NESTED_SUBJECT: a subject together with the encoder that made it.
+
+    views: one for each of the encoder's runs, in the order of the tokens, for Explain Point. Empty for a subject from a
+    file, which holds no photos.
+    """
 
     encoder: HostEncoder
     subject: Subject
+    views: tuple[View, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,6 +271,15 @@ def separate_subjects(
     return model
 
 
+def record_attention(model: comfy.model_patcher.ModelPatcher, recording: Recording) -> comfy.model_patcher.ModelPatcher:
+    """A clone of MODEL whose runs leave in `recording` where its subjects' words were looked at."""
+    unet_layers_of(model)
+    model = model.clone()
+    model.set_attachments(RECORDING_KEY, recording)
+    _hook_sampling(model)
+    return model
+
+
 def _hook_sampling(model: comfy.model_patcher.ModelPatcher) -> None:
     if not model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
@@ -263,6 +288,9 @@ def _hook_sampling(model: comfy.model_patcher.ModelPatcher) -> None:
 def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """OUTER_SAMPLE wrapper: everything a run needs is made here and gone when it ends, fails or is interrupted."""
     guider = executor.class_obj
+    recording = guider.model_patcher.get_attachment(RECORDING_KEY)
+    if recording is not None:
+        recording.run = None
     applications = tuple(a for a in applications_of(guider.model_patcher) if not a.idle)
     if not applications:
         return executor(*args, **kwargs)
@@ -298,6 +326,8 @@ def _sampling_run(guider: Any, applications: tuple[Application, ...], shape: Seq
         run.load()
         with _uncompiled():
             yield
+        if run.recorder is not None:
+            run.recorder.finish(comfy.model_management.intermediate_device())
     finally:
         run.close()
 
@@ -436,6 +466,7 @@ class _Part:
     places: Places
     area: tuple[int, ...] | None
     tile: bool
+    negative: bool
 
     def halved(self) -> _Part:
         """The same in front of a layer whose text has half the rows.
@@ -474,13 +505,17 @@ class _Run:
         shape: Sequence[int],
     ) -> None:
         self.model = model
+        self.layers = unet_layers_of(model)[1]
         self.shape = shape  # of the whole latent, (images, channels, rows, columns)
         self.separation: Separation | None = model.get_attachment(SEPARATION_KEY)
         self.regions: Regions | None = None
         if self.separation is not None and self.separation.strength and len(applications) > 1:
             self.regions = Regions({i: a.mask for i, a in enumerate(applications) if a.mask is not None}, shape)
+        self.recorder: Recorder | None = None
+        recording = model.get_attachment(RECORDING_KEY)
+        if recording is not None:
+            self.recorder = Recorder(recording, applications, self.layers, shape)
         self.applications = applications
-        self.layers = unet_layers_of(model)[1]
         sampling = model.get_model_object("model_sampling")
 
         def window(of: Application | Separation) -> tuple[float, float]:
@@ -531,6 +566,7 @@ class _Run:
         self.texts.clear()
         self.arranged.clear()
         self.regions = None
+        self.recorder = None
 
     # -- once per step ------------------------------------------------------------------------------------------
 
@@ -540,6 +576,8 @@ class _Run:
         """CALC_COND_BATCH wrapper: which subjects act in this step, and which prompt has them where."""
         options = model_options.get("transformer_options", {})
         active = self._strengths(float(timestep[0]), options.get("sample_sigmas"))
+        if self.recorder is not None:
+            self.recorder.begin_step(*self._step_of(float(timestep[0]), options.get("sample_sigmas")))
         if active:
             grid, window = (x_in.shape[-2], x_in.shape[-1]), _Window.of(options)
             chunks = {
@@ -563,17 +601,21 @@ class _Run:
 
     def _strengths(self, sigma: float, sigmas: Tensor | None) -> dict[int, float]:
         """The subjects that act at a noise level, with their strengths. sigmas: those of the whole run."""
-        step, steps = 0.0, 1
-        if sigmas is not None and any(a.schedule for a in self.applications):
-            # Samplers that run in parts bring others: known by what they are, read from the device once.
-            levels = self._moved(("sigmas", id(sigmas)), lambda: (sigmas, sigmas.tolist()))[1]
-            step, steps = step_of(sigma, levels)
+        step, steps = self._step_of(sigma, sigmas)
         strengths = {}
         for i, (application, (start, end)) in enumerate(zip(self.applications, self.windows, strict=True)):
             factor = application.schedule.factor(step, steps) if application.schedule else 1.0
             if end <= sigma <= start and application.strength * factor != 0:
                 strengths[i] = application.strength * factor
         return strengths
+
+    def _step_of(self, sigma: float, sigmas: Tensor | None) -> tuple[float, int]:
+        """Which of how many steps a noise level is, where anything asks for that."""
+        if sigmas is None or (self.recorder is None and not any(a.schedule for a in self.applications)):
+            return 0.0, 1
+        # Samplers that run in parts bring others: known by what they are, read from the device once.
+        levels = self._moved(("sigmas", id(sigmas)), lambda: (sigmas, sigmas.tolist()))[1]
+        return step_of(sigma, levels)
 
     def _text(self, entry: Mapping[str, Any], at: tuple[int, _Window | None]) -> _Text | None:
         """The text that an entry is sampled with. Its dictionary may be another's: where areas need an opposite, the
@@ -630,7 +672,7 @@ class _Run:
             # Another pack arranged the rows anew (tiles, mostly): each is known by its text, read once a run.
             for row in range(len(x)):
                 text = self._arranged_text((tuple(options["uuids"]), row, tuple(context.shape)), context[row])
-                parts.append(_Part(row, row + 1, text.length, text.images[0], None, True))
+                parts.append(_Part(row, row + 1, text.length, text.images[0], None, True, False))
             return parts
         for number, chunk in enumerate(chunks):
             if chunk.text is None:
@@ -642,7 +684,8 @@ class _Run:
                 rows = [(start + i, start + i + 1) for i in range(step.images)]
             for i, (first, last) in enumerate(rows):
                 places = images[i % len(images)]
-                parts.append(_Part(first, last, chunk.text.length, places, chunk.area, tile))
+                negative = options["cond_or_uncond"][number] == 1
+                parts.append(_Part(first, last, chunk.text.length, places, chunk.area, tile, negative))
         return parts
 
     def _arranged_text(self, at: Any, text: Tensor) -> _Text:
@@ -675,7 +718,7 @@ class _Run:
             else:
                 text = self._arranged_text((tuple(uuids), "couple", number, tuple(context.shape)), context[start])
                 area, tile = (current.area, current.tile) if current is not None else (None, False)
-                parts.append(_Part(start, stop, text.length, text.images[0], area, tile))
+                parts.append(_Part(start, stop, text.length, text.images[0], area, tile, kind == 1))
             left -= 1
         return parts
 
@@ -809,21 +852,44 @@ class _Run:
                 ),
             )
         terms = [self._term(i, at, layer, step, bound.part, q, shape) for i, at in here.items()]
-        observe = None if self.regions is None else partial(self._note, here, bound.part, step, shape)
+        observe = None
+        if not bound.part.negative and (self.regions is not None or self.recorder is not None):
+            observe = partial(self._note, here, bound.part, step, shape, layer, q, v, heads)
         nested_delta(q, k, v, heads, terms, attend, into=out, one_hot=one_hot, observe=observe)
 
     def _note(
-        self, here: Mapping[int, tuple[int, ...]], part: _Part, step: _Step, shape: Sequence[int], prob: Tensor
+        self,
+        here: Mapping[int, tuple[int, ...]],
+        part: _Part,
+        step: _Step,
+        shape: Sequence[int],
+        layer: int,
+        q: Tensor,
+        v: Tensor,
+        heads: int,
+        prob: Tensor,
     ) -> None:
-        """Keeps where the words of subjects are looked at: prob (rows, Q, H, all their places)."""
-        assert self.regions is not None
-        if part.tile or shape[-2] * shape[-1] != prob.shape[1]:
+        """Keeps where the words of subjects are looked at: prob (rows, Q, H, all their places) of one layer."""
+        grid, first = (shape[-2], shape[-1]), part.start % step.images
+        hidden = part.tile or step.window is not None or grid[0] * grid[1] != prob.shape[1]
+        if hidden and self.regions is not None:
             raise _not_apart("samples the picture in tiles, or on another grid")
+        if hidden:
+            return
         start = 0
         for i, places in here.items():
             seen = prob[..., start : start + len(places)].sum(-1).mean(-1)
             start += len(places)
-            self.regions.note(i, part.start % step.images, seen, (shape[-2], shape[-1]), part.area)
+            if self.regions is not None:
+                self.regions.note(i, first, seen, grid, part.area)
+            if self.recorder is None or not self.recorder.open:
+                continue
+            self.recorder.note(Seen(self.recorder.step, layer, i, first, seen.unflatten(1, grid), part.area))
+            if self.recorder.explain_now and layer in self.recorder.explained:
+                at = self._moved(("places", places, q.device), partial(torch.tensor, places, device=q.device))
+                replaced = v[0].index_select(0, at).float().mean(0)
+                query = Query(self.recorder.step, layer, i, first, q.clone(), replaced, heads, grid, part.area)
+                self.recorder.note_query(query)
 
     def _term(
         self, i: int, places: tuple[int, ...], layer: int, step: _Step, part: _Part, q: Tensor, shape: Sequence[int]

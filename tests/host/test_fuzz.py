@@ -124,6 +124,11 @@ def flat(clip, text, branch):
     return [token for section in tokens for token, _, word in section if word]
 
 
+def _may_be_letter(character):
+    """Letters, and what this Python does not know yet: the tokenizer may have a newer Unicode."""
+    return character.isalpha() or unicodedata.category(character) == "Cn"
+
+
 def expected_owners(tokenizer, text, subjects):
     """(who stands at each token of a prompt, who at the word that a token is of), by its bytes: tokens are strings of
     bytes, one after another. The two differ where a subject is glued to letters, as in "<anna>s"."""
@@ -137,7 +142,7 @@ def expected_owners(tokenizer, text, subjects):
         for order in (range(1, len(segment)), range(len(segment) - 2, -1, -1)):
             step = 1 if order.step > 0 else -1
             for i in order:
-                if segment[i].isalpha() and segment[i - step].isalpha():
+                if _may_be_letter(segment[i]) and _may_be_letter(segment[i - step]):
                     glued[i] = glued[i] | glued[i - step]
         strings = tokenizer.convert_ids_to_tokens(tokenizer(segment)["input_ids"][1:-1]) if segment else []
         parts = [bytes(decode[ord(letter)] for letter in string.removesuffix("</w>")) for string in strings]
