@@ -2,6 +2,7 @@
 
 from .adjust import NestedAdjustSubject
 from .apply import NestedApplySubject, NestedApplySubjectAdvanced
+from .binding import NestedShowBinding
 from .crop import NestedCropSubject
 from .encode import NestedEncodeSubject, NestedMergeSubjects
 from .library import NestedLoadSubject, NestedSaveSubject
@@ -23,4 +24,5 @@ NODES = [
     NestedRecordAttention,
     NestedAttentionMaps,
     NestedExplain,
+    NestedShowBinding,
 ]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 
 import folder_paths
-from comfy_api.v0_0_2 import io, ui
-from server import PromptServer
+from comfy_api.v0_0_2 import io
 
 from ..nested_core.errors import NestedAttentionError
 from ..nested_core.hosts.comfy import HostEncoder, HostSubject
 from ..nested_core.subject import load_subject, save_subject
 from .encode import CLASS_WORD_TOOLTIP, PLACEHOLDER_TOOLTIP
 from .folders import SUBJECTS, check_choice, content_marker, find, subjects_output
+from .show import show_text
 from .types import CATEGORY, NestedEncoder, NestedSubject
 
 _ADVICE = "Save one with Save Subject, or copy a saved one into models/nested_subjects, then press R."
@@ -59,10 +59,7 @@ class NestedSaveSubject(io.ComfyNode):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, base)
         file = f"{name}_{counter:05}_.safetensors"
         save_subject(os.path.join(folder, file), subject.subject)
-        said = f"Saved {os.path.join(SUBJECTS, subfolder, file)}"
-        if cls.hidden is not None:  # run by a server: shown on the node
-            PromptServer.instance.send_progress_text(said, cls.hidden.unique_id)
-        return io.NodeOutput(ui=ui.PreviewText(said))
+        return io.NodeOutput(ui=show_text(cls, f"Saved {os.path.join(SUBJECTS, subfolder, file)}"))
 
 
 class NestedLoadSubject(io.ComfyNode):

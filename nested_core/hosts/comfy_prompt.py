@@ -7,7 +7,8 @@ Three things make the binding survive what graphs do to prompts:
    escapes, embeddings and long prompts. The tokens of a placeholder are `BoundToken`s: integers that remember it.
    They pass through every node that cuts, joins or reweights token lists.
 2. The encode methods read off where those tokens stand and say so in the conditioning's dictionary
-   (`CONDITIONING_KEY`): `{"length": rows, "places": {placeholder: [row, ...]}}`.
+   (`CONDITIONING_KEY`): `{"length": rows, "places": {placeholder: [row, ...]}, "reads": [[text, placeholder], ...]}`,
+   where "reads" is what the text encoder reads, in pieces, for `describe_binding` to show.
 3. Nodes that rebuild the dictionary, or concatenate conditionings, lose or outdate that entry. Every bound encode is
    therefore also kept as a sketch in `LEDGER`; the rows of a conditioning are compared with it when its entry is
    missing or does not fit.
@@ -245,6 +246,7 @@ class _BoundCLIP:
         values[CONDITIONING_KEY] = {
             "length": cond.shape[1],
             "places": {placeholder: list(rows) for placeholder, rows in places.items()},
+            "reads": self._reads(tokens),
         }
         if places:
             LEDGER.add(cond, places)
@@ -254,6 +256,30 @@ class _BoundCLIP:
             at_placeholder = self._pooled_at_placeholder(tokens)
             if at_placeholder is not None:
                 values["pooled_output"] = at_placeholder.to(values["pooled_output"])
+
+    def _reads(self, tokens: Mapping[str, Any]) -> list[list[str]]:
+        """What a text encoder reads, in pieces: [text, placeholder, or "" for what is no subject's].
+
+        Of SDXL's two texts the one that binds, or the first.
+        """
+        read: list[list[str]] = []
+        for name, part in _sd_tokenizers(self.tokenizer).items():  # type: ignore[attr-defined]
+            sections = tokens.get(name.removeprefix("clip_"), ())
+            pieces: list[tuple[str, list[int]]] = []
+            ends = {part.start_token, part.end_token, part.pad_token}
+            for token, *_ in (entry for section in sections for entry in section):
+                owner = getattr(token, "placeholder", "")
+                if not isinstance(token, int) or (token in ends and not owner):
+                    continue  # an embedding, or what begins, ends and fills up a section
+                if not pieces or pieces[-1][0] != owner:
+                    pieces.append((owner, []))
+                pieces[-1][1].append(int(token))
+            here = [[part.tokenizer.decode(ids).strip(), owner] for owner, ids in pieces]
+            if not read or any(owner for _, owner in here):
+                read = here
+            if any(owner for _, owner in here):
+                break
+        return read
 
     def _encoder(self, name: str) -> Any:
         return getattr(self.cond_stage_model, f"clip_{name}", None)  # type: ignore[attr-defined]
@@ -364,3 +390,28 @@ def places_in_conditioning(cond: Tensor, values: Mapping[str, Any], by_likeness:
         if not cond[0, rows].any():
             return {}
     return places
+
+
+def describe_binding(conditioning: Any) -> str:
+    """Which words the subjects took in each text of a CONDITIONING, for people to read."""
+    lines = []
+    for number, (cond, values) in enumerate(conditioning):
+        head = f"Text {number + 1} of {len(conditioning)}: " if len(conditioning) > 1 else ""
+        places = places_in_conditioning(cond[:1], values)
+        entry = values.get(CONDITIONING_KEY) or {}
+        reads = entry.get("reads") if entry.get("length") == cond.shape[1] else None
+        if reads:
+            shown = " ".join(f"[{owner}: {text}]" if owner and owner in places else text for text, owner in reads)
+            lines.append(f"{head}{shown}")
+        elif not places:
+            lines.append(f"{head}no subject, as far as can be seen")
+        else:
+            lines.append(f"{head}rebuilt by another node; found again by its rows")
+        lines += [
+            f"    {placeholder} is bound to {'rows' if len(rows) > 1 else 'row'} {', '.join(map(str, rows))} of "
+            f"{cond.shape[1]}"
+            for placeholder, rows in sorted(places.items())
+        ]
+        if not places and reads:
+            lines.append("    no subject")
+    return "\n".join(lines)

@@ -18,6 +18,10 @@ IDS = {
     "NestedLoadSubject",
     "NestedCropSubject",
     "NestedSeparateSubjects",
+    "NestedRecordAttention",
+    "NestedAttentionMaps",
+    "NestedExplain",
+    "NestedShowBinding",
 }
 
 
@@ -82,6 +86,13 @@ def test_public_names_stay(pack):
             ["model", "placeholder", "strength", "start_percent", "end_percent", "schedule", "values", "layer_weights"],
             ["model"],
         ),
+        "NestedRecordAttention": (["model", "explain_at"], ["model", "recording"]),
+        "NestedAttentionMaps": (
+            ["recording", "after", "placeholder", "threshold", "start_percent", "end_percent", "layer_weights"],
+            ["image", "mask"],
+        ),
+        "NestedExplain": (["recording", "after", "placeholder", "x", "y", "batch_index"], ["image"]),
+        "NestedShowBinding": (["conditioning"], ["conditioning", "text"]),
         "NestedSeparateSubjects": (["model", "strength", "start_percent", "end_percent"], ["model"]),
         "NestedMergeSubjects": (["subjects", "weights"], ["subject"]),
         "NestedSaveSubject": (["subject", "filename_prefix"], []),
