@@ -72,8 +72,8 @@ def _background(after: Any, run: RecordedRun) -> torch.Tensor:
         pictures = after
     if len(pictures) != run.images:
         raise NestedAttentionError(
-            f"The input after has {len(pictures)} picture(s), the recorded run made {run.images}. Connect what comes from the "
-            "sampler that has the model of this Record Attention."
+            f"The input after has {len(pictures)} picture(s), the recorded run made {run.images}. Connect what comes "
+            "from the sampler that has the model of this Record Attention."
         )
     return pictures
 

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     import world
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
+APART: dict[str, dict[str, float]] = {
+    "as it is": {},
+    "separation 1 in both Apply Subject (Advanced)": {"separation": 1.0},
+    "Separate Subjects 1": {"apart": 1.0},
+}
 DENOISE, STEPS = 0.5, 16  # the sampler does half of the steps
 POINTS = 6  # looked into per part and picture
 
@@ -82,15 +87,23 @@ class Seeing:
         )[0]  # fmt: skip
 
     def sample(
-        self, figures: list[world.Figure], portraits: list[Any], scene: str, style: str, start: Any, seed: int
-    ) -> tuple[Any, Any]:
-        """(pictures, recording). start: a picture to begin with, half noised; None begins with noise alone."""
+        self, figures: list[world.Figure], portraits: list[Any], scene: str, style: str, start: Any, seed: int,
+        separation: float = 0.0, apart: float = 0.0,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """(pictures, recording). start: a picture to begin with, half noised; None begins with noise alone.
+
+        separation: of Apply Subject (Advanced). apart: the strength of Separate Subjects.
+        """
         import world
 
         model, clip = self.model, self.clip
         for figure, portrait in zip(figures, portraits, strict=True):
             subject = self.subject(figure, portrait)
-            model, clip = self.run("NestedApplySubject", model=model, clip=clip, subject=subject)
+            model, clip = self.run(
+                "NestedApplySubjectAdvanced", model=model, clip=clip, subject=subject, separation=separation
+            )
+        if apart:
+            (model,) = self.run("NestedSeparateSubjects", model=model, strength=apart)
         model, recording = self.run("NestedRecordAttention", model=model)
         text = world.prompt([f"<{f.kind}>" for f in figures], scene, style)
         positive, negative = (self.run("CLIPTextEncode", clip=clip, text=t)[0] for t in (text, ""))
@@ -109,8 +122,9 @@ class Seeing:
         """Measures and draws; writes docs/seeing.md."""
         overlaps = {count: self.overlaps(count, cases) for count in (1, 2)}
         parts = self.parts(cases)
+        leaks = {name: self.leaks(cases, **knobs) for name, knobs in APART.items()}
         self.draw()
-        lines = _page(overlaps, parts, cases)
+        lines = _page(overlaps, parts, leaks, cases)
         (REPO / "docs" / "seeing.md").write_text("\n".join(lines) + "\n", "utf-8")
         print("\n".join(lines))
         say("written: docs/seeing.md and its figures")
@@ -136,6 +150,28 @@ class Seeing:
                     )[1][0].numpy() > 0.5  # fmt: skip
                     truth = owner == number + 1
                     found[threshold].append(float((mask & truth).sum() / max(1, (mask | truth).sum())))
+        return found
+
+    def leaks(self, cases: int, **knobs: float) -> list[float]:
+        """Of the attention on a word that lies on either of two figures, the share that lies on the other one."""
+        from tqdm import tqdm
+
+        import world
+
+        recording_module = sys.modules[self.pack.comfy.__name__ + "_recording"]
+        found = []
+        for case in tqdm(range(cases), desc=f"leaks {knobs}", mininterval=2):
+            figures, portraits, scene, style, drawn, seed = _case(case, 2)
+            _, recording = self.sample(figures, portraits, scene, style, drawn.image, seed, **knobs)
+            run = recording.last()
+            heats = recording_module.heats_of(run, 0.0, 1.0, [1.0] * len(run.layers))[:, 0]
+            size = heats.shape[-1]
+            owner = (drawn.regions > 0) * (1 + (drawn.regions > world.NEXT_FIGURE))
+            owner = owner[world.SIZE // size // 2 :: world.SIZE // size, world.SIZE // size // 2 :: world.SIZE // size]
+            for number, figure in enumerate(figures):
+                heat = heats[run.subject(f"<{figure.kind}>")].numpy()
+                own, other = heat[owner == number + 1].sum(), heat[owner == 2 - number].sum()
+                found.append(float(other / (own + other)))
         return found
 
     def parts(self, cases: int) -> dict[str, dict[str, list[float]]]:
@@ -234,7 +270,10 @@ def _judge(found: dict[str, list[float]], name: str, source: torch.Tensor, there
 
 
 def _page(
-    overlaps: dict[int, dict[float, list[float]]], parts: dict[str, dict[str, list[float]]], cases: int
+    overlaps: dict[int, dict[float, list[float]]],
+    parts: dict[str, dict[str, list[float]]],
+    leaks: dict[str, list[float]],
+    cases: int,
 ) -> list[str]:
     mean = statistics.fmean
     lines = [
@@ -275,6 +314,19 @@ def _page(
             f"{mean(found['all hit']):.2f} ({mean(found['patches']):.2f}) | {mean(found['token mass']):.2f} | "
             f"{mean(found['token hit']):.2f} |"
         )
+    lines += [
+        "",
+        "## Two subjects: attention on the other one",
+        "",
+        "Of the attention on a subject's word that lies on either figure, the share that lies on the other one:",
+        "",
+        "| | share |",
+        "|---|---|",
+        *(f"| {name} | {mean(found):.3f} |" for name, found in leaks.items()),
+        "",
+        "Neither knob changes where a word is looked at; they change what is done with that: `separation` what the",
+        "subject adds there, Separate Subjects who sees whom. What they do to the pictures is in evaluation.md.",
+    ]
     return lines
 
 
