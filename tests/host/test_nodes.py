@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +101,33 @@ def test_public_names_stay(pack):
         "NestedLoadSubject": (["encoder", "subject_name", "placeholder", "class_word"], ["subject"]),
         "NestedCropSubject": (["image", "mask", "face_landmarks", "margin"], ["image", "mask"]),
     }
+
+
+WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_fit_the_nodes_and_have_a_preview(pack, path):
+    """Every node, input and link of a shared workflow is there; widgets have a value each."""
+    workflow = json.loads(path.read_text("utf-8"))
+    assert path.with_suffix(".jpg").is_file()
+    links = {link[0]: link for link in workflow["links"]}
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for node in nodes.values():
+        if node["type"] == "MarkdownNote":
+            continue
+        types = pack.host_nodes[node["type"]].INPUT_TYPES()
+        known = {**types.get("required", {}), **types.get("optional", {})}
+        for entry in node["inputs"]:
+            assert entry["name"] in known or "widget" in entry, (node["type"], entry["name"])
+            if entry.get("link") is not None:
+                _, source, output, target, _, kind = links[entry["link"]]
+                assert target == node["id"] and entry["link"] in nodes[source]["outputs"][output]["links"]
+        if node["type"].startswith("Nested"):
+            sockets = {"NESTED_ENCODER", "NESTED_SUBJECT", "NESTED_RECORDING", "MODEL", "CLIP", "CLIP_VISION", "IMAGE",
+                       "MASK", "CONDITIONING", "IMAGE,LATENT"}  # fmt: skip
+            widgets = [name for name, (kind, *_) in known.items() if kind not in sockets]
+            assert len(node["widgets_values"]) in (len(widgets), len(widgets) - 1), (node["type"], widgets)
 
 
 # -- Load Nested Encoder --------------------------------------------------------------------------------------------
