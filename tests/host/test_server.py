@@ -65,6 +65,13 @@ def test_object_info_has_our_nodes_with_tooltips(server, pack):
                 assert spec[1].get("tooltip"), f"{name}.{input_name} has no tooltip"
 
 
+def test_translations_are_served(server):
+    served = server.request("/i18n")
+    names = {language: served[language]["nodeDefs"]["NestedApplySubject"]["display_name"] for language in served}
+    assert names["en"] == "Apply Subject"
+    assert len({names[language] for language in ("de", "en", "ja", "ko", "zh")}) == 5
+
+
 def test_the_main_job_and_a_requeue_with_another_seed(server, graph):
     first = _graphs.saved_pictures(server, run(server, graph))
     begun = len(server.log_lines())
