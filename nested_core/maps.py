@@ -53,9 +53,9 @@ def heat(
 
 
 def relative(heats: Tensor) -> Tensor:
-    """Heat from 0 to 1 per subject and image: 0 is the least that the background has (its median), 1 the most."""
+    """Heat from 0 to 1 per subject and image: 0 is what the coolest fifth of the picture has, 1 the most."""
     flat = heats.flatten(2)
-    low = flat.median(-1).values[..., None, None]
+    low = flat.quantile(0.2, dim=-1)[..., None, None]
     high = flat.amax(-1)[..., None, None]
     return ((heats - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
 
@@ -68,7 +68,7 @@ def masks(heats: Tensor, threshold: float) -> Tensor:
     smooth = F.avg_pool2d(F.pad(heats, (1, 1, 1, 1), mode="replicate"), 3, 1)
     share = relative(smooth)
     most = share.amax(0, keepdim=True)
-    return ((share >= threshold) & (share == most) & (heats.flatten(2).amax(-1) > 0)[..., None, None]).float()
+    return ((share >= threshold) & (share == most) & (share > 0) & (heats > 0)).float()
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def separating_bias(members: Tensor, strength: float) -> Tensor:
     Where σ = 1 and both places belong wholly to different subjects, that is -inf; never on the diagonal of whole
     memberships, so that something is left to look at.
     """
-    anyone = members.sum(1)
-    other = anyone[:, :, None] * anyone[:, None, :] - members.transpose(1, 2) @ members
-    return torch.log1p(-strength * other.clamp(0, 1))
+    anyone = members.sum(1, keepdim=True)
+    # In place: these are the largest tensors of a step.
+    other = torch.bmm(-members.transpose(1, 2), members).baddbmm_(anyone.transpose(1, 2), anyone)
+    return other.clamp_(0, 1).mul_(-strength).log1p_()

@@ -36,9 +36,9 @@ def page() -> str:
         for entry in found:
             key = (entry["group"], entry["what"])
             how[key] = entry["how"]
-            before = rows.setdefault(key, {}).get(version)
+            before = rows.setdefault(key, {}).get(version, "passed")
             # A row of several tests is as good as the worst of them.
-            rows[key][version] = entry["outcome"] if before in (None, "passed") else str(before)
+            rows[key][version] = max(before, entry["outcome"], key=list(_SIGNS).index)
     lines = [
         "# What works with what",
         "",

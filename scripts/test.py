@@ -63,7 +63,7 @@ def main() -> int:
         for version, host in hosts.items():
             command = [*python, "pytest", *chosen, *options]
             environment = {"COMFYUI_PATH": str(host)}
-            if not extra:
+            if not extra and not own:
                 environment["NESTED_ATTENTION_COMPATIBILITY"] = str(compatibility.results_file(version))
             stages[f"host tests, ComfyUI {version}"] = (command, environment)
 
@@ -73,12 +73,12 @@ def main() -> int:
         if os.path.lexists(PACKAGE):
             _setup.unlink(PACKAGE)  # a link of the repository in itself is a trap for whatever walks folders
     code = _report(results, chosen=bool(extra))
-    if code == 0 and not extra and list(hosts) == list(HOSTS) and compatibility.PAGE.read_text("utf-8") != (
-        compatibility.page()
-    ):  # fmt: skip
+    if code or extra or list(hosts) != list(HOSTS):
+        return code
+    if not compatibility.PAGE.is_file() or compatibility.PAGE.read_text("utf-8") != compatibility.page():
         say("docs/compatibility.md is not what this run saw: run python scripts/compatibility.py")
         return 1
-    return code
+    return 0
 
 
 def _run(stages: dict[str, tuple[list[str], dict[str, str]]]) -> dict[str, tuple[int, float]]:
@@ -108,10 +108,11 @@ def _run(stages: dict[str, tuple[list[str], dict[str, str]]]) -> dict[str, tuple
     with ThreadPoolExecutor(jobs) as pool:
         try:
             return dict(zip(stages, pool.map(run, stages), strict=True))
-        except BaseException:  # told to stop: what runs is stopped, what waits is left out
+        except BaseException as error:  # told to stop: what waits is left out, what runs is stopped and tidies up
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
-                process.terminate()
+                if not isinstance(error, KeyboardInterrupt):  # which they have had themselves
+                    process.terminate()
             raise
 
 

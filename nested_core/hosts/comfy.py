@@ -327,7 +327,7 @@ def _sampling_run(guider: Any, applications: tuple[Application, ...], shape: Seq
         with _uncompiled():
             yield
         if run.recorder is not None:
-            run.recorder.finish(comfy.model_management.intermediate_device())
+            run.recorder.finish()
     finally:
         run.close()
 
@@ -418,6 +418,7 @@ class _Chunk:
 
     text: _Text | None
     area: tuple[int, ...] | None
+    negative: bool
 
 
 @dataclass(frozen=True)
@@ -510,7 +511,8 @@ class _Run:
         self.separation: Separation | None = model.get_attachment(SEPARATION_KEY)
         self.regions: Regions | None = None
         if self.separation is not None and self.separation.strength and len(applications) > 1:
-            self.regions = Regions({i: a.mask for i, a in enumerate(applications) if a.mask is not None}, shape)
+            fixed = {i: a.mask for i, a in enumerate(applications) if a.mask is not None}
+            self.regions = Regions(fixed, shape, model.load_device)
         self.recorder: Recorder | None = None
         recording = model.get_attachment(RECORDING_KEY)
         if recording is not None:
@@ -528,6 +530,9 @@ class _Run:
         self.moved: dict[Any, Any] = {}  # tensors on the device and in the type of a layer, by what they are
         # By id of the conditioning tensor, which is kept alive.
         self.texts = {id(cond): (cond, text) for listed in texts.values() for cond, text in listed}
+        # By name: guiders number their prompts as they like (DualCFG begins with the negative one).
+        self.negatives = {id(cond) for name, listed in texts.items() if _is_negative(name) for cond, _ in listed}
+        self.negatives -= {id(cond) for name, listed in texts.items() if not _is_negative(name) for cond, _ in listed}
         self.arranged: dict[Any, _Text] = {}  # texts by where they stand in a batch that another pack arranged
 
     def load(self) -> None:
@@ -564,6 +569,7 @@ class _Run:
         self.log_weights.clear()
         self.moved.clear()
         self.texts.clear()
+        self.negatives.clear()
         self.arranged.clear()
         self.regions = None
         self.recorder = None
@@ -582,7 +588,9 @@ class _Run:
             grid, window = (x_in.shape[-2], x_in.shape[-1]), _Window.of(options)
             chunks = {
                 (i, entry["uuid"]): _Chunk(
-                    self._text(entry, (i, window)), _clipped(entry["area"], grid) if "area" in entry else None
+                    self._text(entry, (i, window)),
+                    _clipped(entry["area"], grid) if "area" in entry else None,
+                    self._is_negative(entry, i),
                 )
                 for i, listed in enumerate(conds)
                 for entry in listed or ()
@@ -616,6 +624,13 @@ class _Run:
         # Samplers that run in parts bring others: known by what they are, read from the device once.
         levels = self._moved(("sigmas", id(sigmas)), lambda: (sigmas, sigmas.tolist()))[1]
         return step_of(sigma, levels)
+
+    def _is_negative(self, entry: Mapping[str, Any], index: int) -> bool:
+        """Whether an entry of list `index` is there to be steered away from."""
+        cross_attention = entry.get("model_conds", {}).get("c_crossattn")
+        if cross_attention is None or id(cross_attention.cond) not in self.texts:
+            return index == 1
+        return id(cross_attention.cond) in self.negatives
 
     def _text(self, entry: Mapping[str, Any], at: tuple[int, _Window | None]) -> _Text | None:
         """The text that an entry is sampled with. Its dictionary may be another's: where areas need an opposite, the
@@ -665,7 +680,7 @@ class _Run:
     def _parts(self, step: _Step, x: Tensor, context: Tensor, options: Mapping[str, Any]) -> list[_Part]:
         """Which text stands in which rows of a batch x (rows, channels, h, w) with its texts `context` (rows, T, D)."""
         keys = list(zip(options["cond_or_uncond"], options["uuids"], strict=True))
-        chunks = [step.chunks.get(key, _Chunk(None, None)) for key in keys]
+        chunks = [step.chunks.get(key, _Chunk(None, None, False)) for key in keys]
         shape = tuple(x.shape[-2:])
         parts = []
         if len(x) != len(chunks) * step.images:
@@ -684,8 +699,7 @@ class _Run:
                 rows = [(start + i, start + i + 1) for i in range(step.images)]
             for i, (first, last) in enumerate(rows):
                 places = images[i % len(images)]
-                negative = options["cond_or_uncond"][number] == 1
-                parts.append(_Part(first, last, chunk.text.length, places, chunk.area, tile, negative))
+                parts.append(_Part(first, last, chunk.text.length, places, chunk.area, tile, chunk.negative))
         return parts
 
     def _arranged_text(self, at: Any, text: Tensor) -> _Text:
@@ -888,7 +902,7 @@ class _Run:
             if self.recorder.explain_now and layer in self.recorder.explained:
                 at = self._moved(("places", places, q.device), partial(torch.tensor, places, device=q.device))
                 replaced = v[0].index_select(0, at).float().mean(0)
-                query = Query(self.recorder.step, layer, i, first, q.clone(), replaced, heads, grid, part.area)
+                query = Query(self.recorder.step, layer, i, first, q, replaced, heads, grid, part.area)
                 self.recorder.note_query(query)
 
     def _term(
@@ -939,28 +953,28 @@ class _Bounds:
         fits = all((height, width) == (step.grid if area is None else tuple(area[:2])) for area in self.areas)
         if not fits or self.rows != len(chunks) * step.images:
             raise _not_apart("samples the picture in tiles")
+        self.run, self.images = run, step.images
         self._made: dict[Any, Tensor] = {}
 
-    def _bias(self, q: Tensor, shape: tuple[int, int]) -> Tensor:
-        """(B, Q, Q), or (1, Q, Q) for all rows."""
-        key = (shape, q.device, q.dtype)
-        if key not in self._made:
-            by_area = {
-                area: self.regions.bias(self.subjects, self.strength, shape, area).to(q.device, q.dtype)
-                for area in set(self.areas)
-            }
-            self._made[key] = (
-                next(iter(by_area.values()))
-                if len(by_area) == 1 and self.regions.images == 1
-                else torch.cat([by_area[area] for area in self.areas])
-            )
-        return self._made[key]
+    def _bias(self, q: Tensor, shape: tuple[int, int], area: tuple[int, ...] | None) -> Tensor:
+        """(images, Q, Q), made once a call; once a run where all regions are masks."""
+        always = self.regions.fixed.issuperset(self.subjects)
+        made = self.run.moved if always else self._made
+        key = ("apart", self.subjects, shape, area, q.device, q.dtype)
+        if key not in made:
+            bias = self.regions.bias(self.subjects, self.strength, shape, area, q.device)
+            made[key] = bias.to(q.dtype)
+        return made[key]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         height, width = extra_options["activations_shape"][-2:]
         if len(q) != self.rows or not q.shape[1] == k.shape[1] == height * width:
             raise _not_apart("changes what self-attention sees (HyperTile and token merging do)")
-        return scaled_dot_product(q, k, v, extra_options["n_heads"], self._bias(q, (height, width)))
+        heads, parts = extra_options["n_heads"], []
+        for number, area in enumerate(self.areas):
+            rows = slice(number * self.images, (number + 1) * self.images)
+            parts.append(scaled_dot_product(q[rows], k[rows], v[rows], heads, self._bias(q, (height, width), area)))
+        return torch.cat(parts)
 
 
 _CONTEXT = "nested_attention_context"

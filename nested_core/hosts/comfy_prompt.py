@@ -113,7 +113,7 @@ def _rows_taken(token: Any, width: int) -> tuple[int, int]:
     return (rows, 0) if token.shape[-1] == width else (0, rows)
 
 
-def places_of(tokens: Mapping[str, Any], widths: Mapping[str, int], rows: int) -> Places:
+def places_of(tokens: Mapping[str, Any], widths: Mapping[str, int], rows: int) -> tuple[Places, int]:
     """Where the bound tokens of a tokenized prompt stand in its conditioning.
 
     Args:
@@ -123,7 +123,8 @@ def places_of(tokens: Mapping[str, Any], widths: Mapping[str, int], rows: int) -
             NegPip kind give every token two rows, for K and for V.
 
     Returns:
-        placeholder -> ascending rows. With two texts (SDXL) a row is bound where either of them mentions it.
+        placeholder -> ascending rows, and how many rows a token has. With two texts (SDXL) a row is bound where either
+        of them mentions it.
     """
     found: dict[str, set[int]] = {}
     lengths = []
@@ -143,7 +144,7 @@ def places_of(tokens: Mapping[str, Any], widths: Mapping[str, int], rows: int) -
     each = rows // length if length and rows % length == 0 else 1  # rows per token
     kept = {name: sorted(row for at in places for row in range(at * each, (at + 1) * each) if row < rows)
             for name, places in found.items()}  # fmt: skip
-    return {placeholder: tuple(places) for placeholder, places in kept.items() if places}
+    return {placeholder: tuple(places) for placeholder, places in kept.items() if places}, each
 
 
 def _without_doubles(cond: Tensor, places: Places) -> tuple[Tensor, Places]:
@@ -242,7 +243,7 @@ class _BoundCLIP:
 
     def _describe(self, tokens: Any, cond: Tensor, values: dict[str, Any], unprojected: bool) -> None:
         """Write where `tokens` bind into the conditioning's dictionary and into the ledger."""
-        places = places_of(tokens, self._widths(tokens), cond.shape[1])
+        places, each = places_of(tokens, self._widths(tokens), cond.shape[1])
         values[CONDITIONING_KEY] = {
             "length": cond.shape[1],
             "places": {placeholder: list(rows) for placeholder, rows in places.items()},
@@ -250,7 +251,7 @@ class _BoundCLIP:
         }
         if places:
             LEDGER.add(cond, places)
-            if all(row ^ 1 in rows for rows in places.values() for row in rows):
+            if each == 2:
                 LEDGER.add(*_without_doubles(cond, places))
         if values.get("pooled_output") is not None and not unprojected:
             at_placeholder = self._pooled_at_placeholder(tokens)

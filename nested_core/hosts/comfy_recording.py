@@ -84,14 +84,17 @@ class Recorder:
         self.step = -1
         self.explain_now = False
         self._done: set[int] = set()
+        self._copied: tuple[Any, Any] = (None, None)  # queries as they came, and their copy
 
     def begin_step(self, step: float, steps: int) -> None:
         """A call of the model begins. Of each step the first call that has a subject is kept: guidance and samplers of
         higher order make more, with attention of their own."""
         if self.made.seen:
             self._done.add(self.made.seen[-1].step)
-        self.step, self.made.steps = int(step + 1e-3), steps
-        self.explain_now = self.step == round(self.recording.explain_at * max(0, steps - 1))
+        self.step, self.made.steps = round(step), steps
+        # The first call at this part of the sampling; where caches or samplers skip what follows, the last one before.
+        wanted = round(self.recording.explain_at * max(0, steps - 1))
+        self.explain_now = not any(query.step >= wanted for query in self.made.queries)
 
     @property
     def open(self) -> bool:
@@ -102,12 +105,24 @@ class Recorder:
         self.made.seen.append(replace(seen, attention=seen.attention.half()))
 
     def note_query(self, query: Query) -> None:
-        self.made.queries.append(replace(query, q=query.q.half()))
+        """`query.q` is copied, once for all subjects of a layer."""
+        if any(other.step != self.step for other in self.made.queries):
+            self.made.queries.clear()
+        source, copied = self._copied
+        if source is not query.q:
+            copied = query.q.to(torch.float16, copy=True)
+            self._copied = (query.q, copied)
+        self.made.queries.append(replace(query, q=copied))
 
-    def finish(self, device: Any) -> None:
+    def finish(self) -> None:
         """The run ended well: what was seen goes to the CPU and takes the place of an earlier run's."""
-        self.made.seen = [replace(s, attention=s.attention.to(device)) for s in self.made.seen]
-        self.made.queries = [replace(q, q=q.q.to(device), replaced=q.replaced.to(device)) for q in self.made.queries]
+        self._copied = (None, None)
+        moved: dict[int, Tensor] = {}
+        for query in self.made.queries:
+            if id(query.q) not in moved:
+                moved[id(query.q)] = query.q.cpu()
+        self.made.seen = [replace(s, attention=s.attention.cpu()) for s in self.made.seen]
+        self.made.queries = [replace(q, q=moved[id(q.q)], replaced=q.replaced.cpu()) for q in self.made.queries]
         self.recording.run = self.made
 
 
@@ -157,18 +172,29 @@ def look_into(run: RecordedRun, placeholder: str, at: tuple[float, float], index
             if place is not None:
                 found.append((query, place))
     if not found:
+        if any(query.subject == subject for query in run.queries):
+            raise NestedAttentionError(
+                f"The point ({at[0]:g}, {at[1]:g}) is outside of the area whose prompt mentions "
+                f"{application.placeholder.text}. Take a point inside, or write the placeholder of another subject."
+            )
+        looked = sorted({f"{k}.{n}" for k, n, _ in (run.layers[i].block for i in _explained(run.layers))})
+        if not any(application.layer_weights[i] for i in _explained(run.layers)):
+            raise NestedAttentionError(
+                f"Explain Point looks into {', '.join(looked)}, where the layer_weights of "
+                f"{application.placeholder.text} are 0. Leave those layers on, or explain another subject."
+            )
         acted = sorted({s.step + 1 for s in run.seen if s.subject == subject})
         raise NestedAttentionError(
-            f"{application.placeholder.text} did not act at this point in the step that Record Attention kept. It "
+            f"{application.placeholder.text} did not act in the step that Record Attention kept. It "
             f"acted in {f'steps {acted[0]} to {acted[-1]} of {run.steps}' if acted else 'no step'}: set explain_at to "
-            "a part of the sampling where it acts, or take a point in its area."
+            "a part of the sampling where it acts."
         )
     source = application.source
     comfy.model_management.load_models_gpu([source.encoder.patcher])
     module, device = source.encoder.module, source.encoder.patcher.load_device
     tokens = source.subject.tokens.to(device, next(module.parameters()).dtype)
     weights = source.subject.token_weights
-    log_weights = None if weights is None else weights.float().log()
+    log_weights = None if weights is None else weights.float().cpu().log()
     answers, values, constants = [], [], []
     shape = found[0][0].shape
     for query, place in found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import comfy.utils
 import torch
@@ -32,8 +33,13 @@ class Separation:
 class Regions:
     """Where the subjects of a run are in its images, on the grid of the latent."""
 
-    def __init__(self, masks: Mapping[int, Tensor], latent: Sequence[int]) -> None:
-        """masks: (M, H, W) over the whole picture, of those subjects that have one. latent: (images, C, rows, cols)."""
+    def __init__(self, masks: Mapping[int, Tensor], latent: Sequence[int], device: torch.device) -> None:
+        """masks: (M, H, W) over the whole picture, of those subjects that have one. latent: (images, C, rows, cols).
+
+        device: where the maps are kept. Several devices may add to them at a time.
+        """
+        self.device = device
+        self._lock = Lock()
         self.images = latent[0]
         self.grid = (latent[-2], latent[-1])
         self.known: dict[int, Tensor] = {}  # by subject, (images, 1, *grid)
@@ -42,21 +48,22 @@ class Regions:
         self.counts: dict[int, Tensor] = {}
         for i, mask in masks.items():
             whole = F.interpolate(mask[:, None].float(), size=self.grid, mode="area")
-            self.known[i] = comfy.utils.repeat_to_batch_size(whole, self.images)
+            self.known[i] = comfy.utils.repeat_to_batch_size(whole, self.images).to(device)
 
     def note(self, i: int, first: int, attention: Tensor, shape: tuple[int, int], area: Sequence[int] | None) -> None:
         """What a layer saw of subject i: attention on its word (rows, Q) for the images from `first` on, on a grid of
         `shape`, of the whole picture or of an area (h, w, y, x) of the latent."""
         if i in self.fixed:
             return
-        if i not in self.sums:
-            empty = torch.zeros(self.images, 1, *self.grid, device=attention.device)
-            self.sums[i], self.counts[i] = empty, empty.clone()
         h, w, y, x = (*self.grid, 0, 0) if area is None else area
         seen = F.interpolate(attention.float().unflatten(1, shape)[:, None], size=(h, w), mode="bilinear")
         at = (slice(first, first + len(seen)), slice(None), slice(y, y + h), slice(x, x + w))
-        self.sums[i][at] += seen
-        self.counts[i][at] += 1
+        with self._lock:
+            if i not in self.sums:
+                empty = torch.zeros(self.images, 1, *self.grid, device=self.device)
+                self.sums[i], self.counts[i] = empty, empty.clone()
+            self.sums[i][at] += seen.to(self.device)
+            self.counts[i][at] += 1
 
     def turn(self) -> None:
         """A step is over: what it saw is known from here on."""
@@ -67,10 +74,11 @@ class Regions:
         self.counts.clear()
 
     def bias(
-        self, subjects: Sequence[int], strength: float, shape: tuple[int, int], area: Sequence[int] | None
-    ) -> Tensor:
-        """What to add to the logits of self-attention on a grid of `shape`: (images, Q, Q)."""
-        maps = torch.cat([self.known[i].to(self.known[subjects[0]].device) for i in subjects], 1)
+        self, subjects: Sequence[int], strength: float, shape: tuple[int, int], area: Sequence[int] | None,
+        device: torch.device,
+    ) -> Tensor:  # fmt: skip
+        """What to add to the logits of self-attention on a grid of `shape`: (images, Q, Q), on `device`."""
         h, w, y, x = (*self.grid, 0, 0) if area is None else area
-        part = F.interpolate(maps[:, :, y : y + h, x : x + w], size=shape, mode="area" if h > shape[0] else "bilinear")
+        maps = torch.cat([self.known[i] for i in subjects], 1)[:, :, y : y + h, x : x + w].to(device)
+        part = F.interpolate(maps, size=shape, mode="area" if h > shape[0] else "bilinear")
         return separating_bias(memberships(part.flatten(2)), strength)

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Generator
@@ -29,6 +30,8 @@ HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "works_with(group, what, how): a row of docs/compatibility.md")
     config.stash[_SEEN] = []
+    # Told to stop, as by Ctrl-C: fixtures end, and the servers that they started with them.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     base = tempfile.mkdtemp(prefix="nested-attention-host-")
     config.add_cleanup(lambda: shutil.rmtree(base, ignore_errors=True))
     _studio.import_host(HOST, Path(base))

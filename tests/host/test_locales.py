@@ -11,7 +11,7 @@ import translations
 
 LANGUAGES = sorted(path.name for path in translations.LOCALES.iterdir() if path.is_dir())
 #: What must come through a translation as it is: placeholders, examples of grammars, names of files.
-VERBATIM = re.compile(r"<\w+>|%\w+%|\b\w+=[\d.]+|\b(?:models|output)/[\w/]+", re.ASCII)
+VERBATIM = re.compile(r"<\w+>|%\w+%|\b\w+=\d+(?:\.\d+)?|\b(?:models|output)/[\w/]+", re.ASCII)
 
 
 def read(language, file):

@@ -59,6 +59,21 @@ def test_guidance_that_calls_the_model_again_is_not_recorded_twice(node, sd15, p
     assert all(torch.equal(a.attention, b.attention) for a, b in zip(first.seen, other.seen, strict=True))
 
 
+def test_prompts_of_guiders_are_told_apart_by_name(node, sd15, pair):
+    """DualCFG begins with the negative prompt and has two positive ones: both are recorded, the negative is not."""
+    import comfy.sample
+    import comfy.samplers
+
+    model, clip, _, negative = pair
+    recorded, recording = node("NestedRecordAttention", all_outputs=True, model=model)
+    one, other = sd15.encode(clip, "<anna>"), sd15.encode(clip, "a photo of <ben>")
+    guider = node("DualCFGGuider", model=recorded, cond1=one, cond2=other, negative=negative)
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([10.0, 0.0])
+    latent = torch.zeros(1, 4, 8, 8)
+    guider.sample(comfy.sample.prepare_noise(latent, 0), latent, sampler, sigmas, disable_pbar=True)
+    assert sorted((s.layer, s.subject) for s in recording.last().seen) == [(i, s) for i in range(16) for s in (0, 1)]
+
+
 def test_a_run_replaces_the_last_one_and_nothing_outlives_the_recording(pack, node, sd15, pair):
     model, clip, positive, negative = pair
     recorded, recording = node("NestedRecordAttention", all_outputs=True, model=model)
@@ -186,7 +201,7 @@ def test_what_cannot_be_shown_is_explained(node, sd15, pair, refused):
         node("NestedExplain", recording=recording, after=pictures())
     with refused("batch_index is 2, the recorded run made 1 picture"):
         node("NestedExplain", recording=recording, after=pictures(), placeholder="<anna>", batch_index=2)
-    with refused("<cleo> did not act at this point .* It acted in steps 1 to [12] of 4: set explain_at"):
+    with refused("<cleo> did not act in the step .* It acted in steps 1 to [12] of 4: set explain_at"):
         node("NestedExplain", recording=recording, after=pictures(), placeholder="<cleo>")
     with refused(
         "Nothing was recorded in this part of the sampling and these layers. Subjects acted in steps 1 to 4 of 4"

@@ -49,7 +49,7 @@ def test_subjects_with_masks_do_not_see_each_other_from_the_first_step(sd15, sep
     positive, negative = sd15.encode(clip, "<anna> and <ben>"), sd15.encode(clip, "")
     plain = sd15.sample(model, positive, negative, size=(8, 8))
     apart = sd15.sample(separate(model), positive, negative, size=(8, 8))
-    assert len(biases) == 16
+    assert len(biases) == 2 * 16, "of each prompt"
     assert apart.isfinite().all() and not torch.equal(apart, plain)
     finest = biases[0][0].unflatten(0, (8, 8)).unflatten(2, (8, 8))  # query row, column, key row, column
     assert (finest[:, :4, :, 4:] == -torch.inf).all() and (finest[:, 4:, :, :4] == -torch.inf).all()
@@ -61,8 +61,8 @@ def test_without_masks_regions_are_learned_from_the_first_step_on(sd15, pair, se
     one = sd15.sample(separate(model), positive, negative, size=(8, 8), steps=1)
     assert not biases and torch.equal(one, sd15.sample(model, positive, negative, size=(8, 8), steps=1))
     three = sd15.sample(separate(model), positive, negative, size=(8, 8), steps=3, batch=2)
-    assert len(biases) == 2 * 16
-    assert {len(bias) for bias in biases} == {4}, "two pictures with two prompts"
+    assert len(biases) == 2 * 2 * 16, "in two of the steps, of each prompt"
+    assert {len(bias) for bias in biases} == {2}, "two pictures"
     assert not torch.equal(three, sd15.sample(model, positive, negative, size=(8, 8), steps=3, batch=2))
 
 
