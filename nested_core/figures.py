@@ -67,7 +67,7 @@ def _tinted(image: Image.Image, layers: Sequence[tuple[np.ndarray, Colour]], str
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] * 0.62 + 18
     out = np.repeat(grey, 3, -1)
     for heat, colour in layers:
-        alpha = (strength * heat**0.9)[..., None]
+        alpha = (strength * heat**1.3)[..., None]
         lit = np.array(colour, dtype=np.float32) * (0.45 + 0.55 * np.asarray(image.convert("L"))[..., None] / 255)
         out = out * (1 - alpha) + lit * alpha
     return Image.fromarray(out.clip(0, 255).astype(np.uint8), "RGB")

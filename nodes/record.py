@@ -100,7 +100,7 @@ class NestedAttentionMaps(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "threshold",
-                    default=0.3,
+                    default=0.4,
                     min=0.0,
                     max=1.0,
                     step=0.01,
