@@ -56,6 +56,23 @@ def test_subjects_with_masks_do_not_see_each_other_from_the_first_step(sd15, sep
     assert (finest[:, :4, :, :4] == 0).all() and (finest[:, 4:, :, 4:] == 0).all()
 
 
+def test_overlapping_masks_share_the_overlap(sd15, fired):
+    """Each subject acts in its own mask, both where the masks overlap; each picture of a batch has its own."""
+    left, right = torch.zeros(2, 64, 128), torch.zeros(2, 64, 128)
+    left[0, :, :80], right[0, :, 48:] = 1, 1
+    left[1, :, 48:], right[1, :, :80] = 1, 1  # the second picture the other way round
+    model, clip = sd15.apply(sd15.subject("<anna>", "woman"), mask=left)
+    model, clip = sd15.apply(sd15.subject("<ben>", "man", view=3), model, clip, mask=right)
+    picture = sd15.sample(model, sd15.encode(clip, "<anna> and <ben>"), sd15.encode(clip, ""), size=(8, 16), batch=2)
+    assert picture.isfinite().all() and len(fired) == 16
+    finest = fired[0]
+    anna, ben = (term.spatial.unflatten(1, (8, 16)) for term in finest.terms)
+    assert finest.q[:2] == (2, 8 * 16)
+    for image, (first, other) in enumerate(((anna[0], ben[0]), (ben[1], anna[1]))):
+        assert (first[:, :10] == 1).all() and (first[:, 10:] == 0).all(), image
+        assert (other[:, 6:] == 1).all() and (other[:, :6] == 0).all(), image
+
+
 def test_without_masks_regions_are_learned_from_the_first_step_on(sd15, pair, separate, biases):
     model, _, positive, negative = pair
     one = sd15.sample(separate(model), positive, negative, size=(8, 8), steps=1)
