@@ -20,9 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import _setup
 import compatibility
-from _setup import HOSTS, REPO, STATE, SetupError, say
+from _setup import HOSTS, NEWEST, REPO, STATE, SetupError, say
 
 NOTHING_COLLECTED = 5  # pytest's exit code
+# Long, and not about the host's version: these run in the newest ComfyUI alone, unless they are asked for.
+ONCE = [f"tests/host/test_{name}.py" for name in ("fuzz", "parity", "shipped_world", "training")]
 PACKAGE = STATE / "nested_attention_pack"
 
 
@@ -62,6 +64,8 @@ def main() -> int:
     if chosen := _within(paths, "tests/host"):
         for version, host in hosts.items():
             command = [*python, "pytest", *chosen, *options]
+            if not extra and not own and version != NEWEST:
+                command += [f"--ignore={path}" for path in ONCE]
             environment = {"COMFYUI_PATH": str(host)}
             if not extra and not own:
                 environment["NESTED_ATTENTION_COMPATIBILITY"] = str(compatibility.results_file(version))

@@ -166,7 +166,6 @@ def _byte_letters():
     return table
 
 
-@pytest.mark.works_with("Prompt", "Random prompts", "against an independent way to find the words")
 @FUZZ
 @given(PROMPTS)
 def test_what_is_bound_is_where_the_subjects_stand(clips, text):
