@@ -114,7 +114,7 @@ def _written_out(q: Tensor) -> bool:
     return q.device.type == "cpu" and torch.is_grad_enabled()
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √d + mask), written out; (B, H, Q, d), (B, H, T, d) -> fp32 (B, H, Q, T)."""
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return (logits if mask is None else logits + mask).softmax(-1, dtype=_statistics(q))
@@ -126,7 +126,7 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor
     if mask is not None:
         mask = mask.unsqueeze(1)
     if _written_out(q):
-        return merge_heads(_probabilities(qh, kh, mask).to(v.dtype) @ vh)
+        return merge_heads(probabilities(qh, kh, mask).to(v.dtype) @ vh)
     return merge_heads(F.scaled_dot_product_attention(qh, kh, vh, mask))
 
 
@@ -150,7 +150,7 @@ def outer_probabilities(q: Tensor, k: Tensor, heads: int, places: Tensor, one_ho
     """
     qh, kh = split_heads(q, heads), split_heads(k, heads)
     if _written_out(q):
-        prob = _probabilities(qh, kh).transpose(1, 2)
+        prob = probabilities(qh, kh).transpose(1, 2)
         if places.ndim == 1:
             return prob.index_select(-1, places)
         at = places.clamp_min(0)[:, None, None].expand(*prob.shape[:3], -1)

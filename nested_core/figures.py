@@ -64,11 +64,11 @@ def _readable(image: Image.Image) -> Image.Image:
 
 def _tinted(image: Image.Image, layers: Sequence[tuple[np.ndarray, Colour]], strength: float = 0.82) -> Image.Image:
     """The picture in grey, with a colour where each heat (H, W) from 0 to 1 is."""
-    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] * 0.62 + 18
-    out = np.repeat(grey, 3, -1)
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
+    out = np.repeat(grey * 0.62 + 18, 3, -1)
     for heat, colour in layers:
         alpha = (strength * heat**1.3)[..., None]
-        lit = np.array(colour, dtype=np.float32) * (0.45 + 0.55 * np.asarray(image.convert("L"))[..., None] / 255)
+        lit = np.array(colour, dtype=np.float32) * (0.45 + 0.55 * grey / 255)
         out = out * (1 - alpha) + lit * alpha
     return Image.fromarray(out.clip(0, 255).astype(np.uint8), "RGB")
 
@@ -225,7 +225,7 @@ def _bars(tokens: Tensor, accent: Colour) -> Image.Image:
 
 
 def _photo(photos: Tensor, sources: Tensor, accent: Colour) -> Image.Image:
-    """The view that most comes from, with the source in colour; other views small in its corner."""
+    """The view that most comes from, with the source in colour; of several views it says which."""
     strongest = int(sources.flatten(1).sum(1).argmax())
     image = to_image(photos[strongest]).resize((_PANEL, _PANEL), Image.Resampling.LANCZOS)
     heat = sources[strongest]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import merge_heads, split_heads
+from .attention import probabilities, scaled_dot_product, split_heads
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,15 @@ class Query:
 
 def nested_attention_of(q: Tensor, key: Tensor, heads: int, log_weights: Tensor | None = None) -> Tensor:
     """Equation (1)'s softmax, the mean over heads: q (Q, C), K̈ (N, C) -> (Q, N) in fp32."""
-    qh, kh = (split_heads(x.float()[None], heads)[0] for x in (q, key))
-    logits = qh @ kh.transpose(-1, -2) * qh.shape[-1] ** -0.5
-    if log_weights is not None:
-        logits = logits + log_weights
-    return logits.softmax(-1).mean(0)
+    qh, kh = (split_heads(x.float()[None], heads) for x in (q, key))
+    return probabilities(qh, kh, log_weights)[0].mean(0)
 
 
 def nested_values(q: Tensor, key: Tensor, value: Tensor, heads: int, log_weights: Tensor | None = None) -> Tensor:
     """Equation (1): v*_q of each query, q (Q, C), K̈ and V̈ (N, C) -> (Q, C) in fp32."""
-    qh, kh, vh = (split_heads(x.float()[None], heads) for x in (q, key, value))
-    mask = None if log_weights is None else log_weights.float().expand(q.shape[0], -1)
-    return merge_heads(F.scaled_dot_product_attention(qh, kh, vh, mask))[0]
+    mask = None if log_weights is None else log_weights.float().expand(1, q.shape[0], -1)
+    q, key, value = (x.float()[None] for x in (q, key, value))
+    return scaled_dot_product(q, key, value, heads, mask)[0]
 
 
 def principal_colours(values: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
+import inspect
 import json
 import sys
 import tempfile
@@ -74,6 +75,7 @@ def load_pack() -> SimpleNamespace:
         host_nodes=host_nodes.NODE_CLASS_MAPPINGS,
         comfy=module("nested_core.hosts.comfy"),
         prompt=module("nested_core.hosts.comfy_prompt"),
+        recording=module("nested_core.hosts.comfy_recording"),
         attention=module("nested_core.attention"),
         encoder=module("nested_core.encoder"),
         subject=module("nested_core.subject"),
@@ -82,6 +84,26 @@ def load_pack() -> SimpleNamespace:
         errors=module("nested_core.errors"),
         folders=module("nodes.folders"),
     )
+
+
+def run_node(cls: Any, where_known: dict[str, Any] | None = None, **inputs: Any) -> tuple[Any, ...]:
+    """The outputs of a node of the host's or ours, what is not given at its default.
+
+    where_known: inputs that older hosts do not have.
+    """
+    types = cls.INPUT_TYPES()
+    defaults = {}
+    for name, (kind, *options) in {**types.get("required", {}), **types.get("optional", {})}.items():
+        options = options[0] if options else {}
+        if "default" in options:
+            defaults[name] = options["default"]
+        elif choices := kind if isinstance(kind, list) else options.get("options"):
+            defaults[name] = choices[0]
+    method = getattr(cls, "execute", None) or getattr(cls(), cls.FUNCTION)
+    taken = inspect.signature(method).parameters
+    known = {k: v for k, v in {**defaults, **(where_known or {})}.items() if k in taken}
+    result = method(**{**known, **inputs})
+    return getattr(result, "result", result)
 
 
 def make_model(
@@ -281,10 +303,8 @@ class Studio:
 
     @_as_a_graph
     def _apply(self, node_id: str, subject: Any, model: Any, clip: Any, inputs: dict[str, Any]) -> Any:
-        node = self.pack.nodes[node_id]
-        defaults = {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None}
         model, clip, subject = model or self.model, clip or self.clip, subject or self.subject()
-        return node.execute(model, clip, subject, **{**defaults, **inputs}).result
+        return run_node(self.pack.nodes[node_id], model=model, clip=clip, subject=subject, **inputs)
 
     @_as_a_graph
     def encode(self, clip: Any, text: str) -> Any:

@@ -66,7 +66,6 @@ class Seeing:
         self.pack = _studio.load_pack()
         host_nodes: Any = importlib.import_module("nodes")
         assert asyncio.run(host_nodes.load_custom_node(str(REPO / "demo" / "comfyui"))), "see the log above"
-        self.nodes = host_nodes.NODE_CLASS_MAPPINGS
         names = small_world.provide_models(Path(folder_paths.models_dir))
         self.model, self.clip, self.vae = self.run("CheckpointLoaderSimple", ckpt_name=names["ckpt_name"])
         (self.tower,) = self.run("CLIPVisionLoader", clip_name=names["clip_name"])
@@ -74,11 +73,9 @@ class Seeing:
 
     def run(self, node_id: str, **inputs: Any) -> Any:
         """The outputs of a node, what is not given at its default."""
-        cls = self.nodes[node_id]
-        if hasattr(cls, "define_schema"):
-            known = {i.id: i.default for i in cls.define_schema().inputs if getattr(i, "default", None) is not None}
-            return cls.execute(**{**known, **inputs}).result
-        return getattr(cls(), cls.FUNCTION)(**inputs)
+        import _studio
+
+        return _studio.run_node(self.pack.host_nodes[node_id], **inputs)
 
     def subject(self, figure: world.Figure, picture: Any) -> Any:
         return self.run(
@@ -135,13 +132,11 @@ class Seeing:
         """Intersection over union of each subject's mask and its figure, by threshold."""
         from tqdm import tqdm
 
-        import world
-
         found: dict[float, list[float]] = {t: [] for t in THRESHOLDS}
         for case in tqdm(range(cases), desc=f"masks, {count} figures", mininterval=2):
             figures, portraits, scene, style, drawn, seed = _case(case, count)
             pictures, recording = self.sample(figures, portraits, scene, style, drawn.image, seed)
-            owner = (drawn.regions > 0) * (1 + (drawn.regions > world.NEXT_FIGURE))
+            owner = _owners(drawn)
             for threshold in THRESHOLDS:
                 for number, figure in enumerate(figures):
                     mask = self.run(
@@ -158,15 +153,14 @@ class Seeing:
 
         import world
 
-        recording_module = sys.modules[self.pack.comfy.__name__ + "_recording"]
         found = []
         for case in tqdm(range(cases), desc=f"leaks {knobs}", mininterval=2):
             figures, portraits, scene, style, drawn, seed = _case(case, 2)
             _, recording = self.sample(figures, portraits, scene, style, drawn.image, seed, **knobs)
             run = recording.last()
-            heats = recording_module.heats_of(run, 0.0, 1.0, [1.0] * len(run.layers))[:, 0]
+            heats = self.pack.recording.heats_of(run, 0.0, 1.0, [1.0] * len(run.layers))[:, 0]
             size = heats.shape[-1]
-            owner = (drawn.regions > 0) * (1 + (drawn.regions > world.NEXT_FIGURE))
+            owner = _owners(drawn)
             owner = owner[world.SIZE // size // 2 :: world.SIZE // size, world.SIZE // size // 2 :: world.SIZE // size]
             for number, figure in enumerate(figures):
                 heat = heats[run.subject(f"<{figure.kind}>")].numpy()
@@ -182,13 +176,13 @@ class Seeing:
         """
         from tqdm import tqdm
 
+        import small_world
         import world
 
-        recording_module = sys.modules[self.pack.comfy.__name__ + "_recording"]
         found: dict[str, dict[str, list[float]]] = {part: {} for part in world.PARTS}
         for case in tqdm(range(cases), desc="points", mininterval=2):
             figures, portraits, scene, style, drawn, seed = _case(case, 1)
-            regions = _portrait(figures[0], case).regions
+            regions = small_world.portrait(figures[0], case).regions
             pictures, recording = self.sample(figures, portraits, scene, style, drawn.image, seed)
             rng = random.Random(case)
             for part, number in world.PARTS.items():
@@ -199,7 +193,7 @@ class Seeing:
                 for _ in range(POINTS):
                     i = rng.randrange(len(rows))
                     at = ((columns[i] + 0.5) / world.SIZE, (rows[i] + 0.5) / world.SIZE)
-                    point = recording_module.look_into(recording.last(), "", at, 0, pictures[0])
+                    point = self.pack.recording.look_into(recording.last(), "", at, 0, pictures[0])
                     for name, source in zip(("token", "all"), point.sources, strict=True):
                         _judge(found[part], name, source[0], there)
         return found
@@ -210,13 +204,14 @@ class Seeing:
         """docs/images/attention_maps.png and explain_point.png: a picture of two figures, made from noise."""
         from PIL import Image
 
+        from nested_core.figures import to_image
+
         figures, portraits, scene, style, _, seed = _case(3, 2)
         pictures, recording = self.sample(figures, portraits, scene, style, None, seed)
         images, masks = self.run("NestedAttentionMaps", recording=recording, after=pictures)
         folder = REPO / "docs" / "images"
-        core = sys.modules[self.pack.comfy.__name__.rsplit(".", 2)[0] + ".figures"]
-        shown = core.to_image(images[0])
-        plain = core.to_image(pictures[0]).resize((shown.width, shown.width), Image.Resampling.BICUBIC)
+        shown = to_image(images[0])
+        plain = to_image(pictures[0]).resize((shown.width, shown.width), Image.Resampling.BICUBIC)
         sheet = Image.new("RGB", (2 * shown.width + 12, shown.height), (22, 24, 29))
         sheet.paste(plain, (0, 0))
         sheet.paste(shown, (shown.width + 12, 0))
@@ -226,26 +221,26 @@ class Seeing:
         explained = self.run(
             "NestedExplain", recording=recording, after=pictures, placeholder=f"<{figures[0].kind}>", x=x, y=y
         )[0]
-        core.to_image(explained[0]).save(folder / "explain_point.png", optimize=True)
+        to_image(explained[0]).save(folder / "explain_point.png", optimize=True)
 
 
 def _tensor(picture: Any) -> torch.Tensor:
     """An image -> (1, H, W, 3)."""
-    import numpy as np
-    import torch
+    from nested_core.figures import to_tensor
 
-    return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).float()[None] / 255
+    return to_tensor(picture)[None]
 
 
-def _portrait(figure: world.Figure, seed: int) -> world.Picture:
+def _owners(drawn: world.Picture) -> np.ndarray:
+    """Whose each pixel is, (H, W): 0 nobody's, 1 the first figure's, 2 the second's."""
     import world
 
-    rng = random.Random(f"portrait {figure} {seed}")
-    return world.render([figure], rng.choice(world.SCENES), rng.choice(world.STYLES), rng, close=True)
+    return (drawn.regions > 0) * (1 + (drawn.regions > world.NEXT_FIGURE))
 
 
 def _case(number: int, count: int) -> tuple[list[world.Figure], list[Any], str, str, world.Picture, int]:
     """(figures, their portraits, scene, style, a picture of them, seed) of a case; the same each time."""
+    import small_world
     import world
 
     rng = random.Random(f"seeing {number} {count}")
@@ -253,7 +248,7 @@ def _case(number: int, count: int) -> tuple[list[world.Figure], list[Any], str, 
     figures = [world.random_figure(rng, kind, held_out=True) for kind in kinds]
     scene, style = rng.choice(world.SCENES), rng.choice(world.STYLES)
     drawn = world.render(figures, scene, style, rng)
-    return figures, [_portrait(f, number).image for f in figures], scene, style, drawn, number
+    return figures, [small_world.portrait(f, number).image for f in figures], scene, style, drawn, number
 
 
 def _judge(found: dict[str, list[float]], name: str, source: torch.Tensor, there: np.ndarray) -> None:

@@ -25,7 +25,7 @@ import world  # noqa: E402
 from shipped import CHECKPOINT, ENCODER, VISION, WEIGHTS  # noqa: E402
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 SIZE = world.SIZE
 EXTENSION = "nested-attention-small-world"
@@ -61,10 +61,10 @@ def held_out_figures(seed: int, count: int, kind: str | None = None) -> list[wor
     return [world.random_figure(rng, kind, held_out=True) for _ in range(count)]
 
 
-def portrait(figure: world.Figure, seed: int) -> Image.Image:
+def portrait(figure: world.Figure, seed: int) -> world.Picture:
     """A reference picture: the figure large, in some scene and style."""
     rng = random.Random(f"portrait {figure} {seed}")
-    return world.render([figure], rng.choice(world.SCENES), rng.choice(world.STYLES), rng, close=True).image
+    return world.render([figure], rng.choice(world.SCENES), rng.choice(world.STYLES), rng, close=True)
 
 
 def write_portraits(figures: Sequence[world.Figure], folder: Path, views: int = 1) -> list[Shown]:
@@ -75,7 +75,7 @@ def write_portraits(figures: Sequence[world.Figure], folder: Path, views: int = 
         files = []
         for view in range(views):
             name = "_".join([figure.kind, *figure.identity, str(view)]) + ".png"
-            portrait(figure, view + 1).save(folder / name)
+            portrait(figure, view + 1).image.save(folder / name)
             files.append(name)
         shown.append(Shown(tuple(files), f"<{figure.kind}>", figure.kind))
     return shown

@@ -230,10 +230,7 @@ def apply_subject(
             "the prompt."
         )
     clip = bind_clip(clip, application.placeholder)
-    model = model.clone()
-    model.set_attachments(KEY, (*applied, application))
-    _hook_sampling(model)
-    return model, clip
+    return _with_attachment(model, KEY, (*applied, application)), clip
 
 
 def adjust_subjects(
@@ -255,9 +252,8 @@ def adjust_subjects(
             f"{'is' if len(applied) == 1 else 'are'} {', '.join(a.placeholder.text for a in applied)}. Leave the "
             "placeholder empty to adjust all of them."
         )
-    model = model.clone()
-    model.set_attachments(KEY, tuple(change(a) if key in ("", a.placeholder.key) else a for a in applied))
-    return model
+    changed = tuple(change(a) if key in ("", a.placeholder.key) else a for a in applied)
+    return _with_attachment(model, KEY, changed)
 
 
 def separate_subjects(
@@ -265,24 +261,22 @@ def separate_subjects(
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of MODEL whose subjects, those before and those to come, do not look at each other in self-attention."""
     unet_layers_of(model)
-    model = model.clone()
-    model.set_attachments(SEPARATION_KEY, separation)
-    _hook_sampling(model)
-    return model
+    return _with_attachment(model, SEPARATION_KEY, separation)
 
 
 def record_attention(model: comfy.model_patcher.ModelPatcher, recording: Recording) -> comfy.model_patcher.ModelPatcher:
     """A clone of MODEL whose runs leave in `recording` where its subjects' words were looked at."""
     unet_layers_of(model)
+    return _with_attachment(model, RECORDING_KEY, recording)
+
+
+def _with_attachment(model: comfy.model_patcher.ModelPatcher, key: str, value: Any) -> comfy.model_patcher.ModelPatcher:
+    """A clone of MODEL with a value of ours, which our wrapper around its sampling reads."""
     model = model.clone()
-    model.set_attachments(RECORDING_KEY, recording)
-    _hook_sampling(model)
-    return model
-
-
-def _hook_sampling(model: comfy.model_patcher.ModelPatcher) -> None:
+    model.set_attachments(key, value)
     if not model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    return model
 
 
 def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -581,9 +575,11 @@ class _Run:
     ) -> Any:
         """CALC_COND_BATCH wrapper: which subjects act in this step, and which prompt has them where."""
         options = model_options.get("transformer_options", {})
-        active = self._strengths(float(timestep[0]), options.get("sample_sigmas"))
+        sigma = float(timestep[0])  # waits for the device: read once
+        step, steps = self._step_of(sigma, options.get("sample_sigmas"))
+        active = self._strengths(sigma, step, steps)
         if self.recorder is not None:
-            self.recorder.begin_step(*self._step_of(float(timestep[0]), options.get("sample_sigmas")))
+            self.recorder.begin_step(step, steps)
         if active:
             grid, window = (x_in.shape[-2], x_in.shape[-1]), _Window.of(options)
             chunks = {
@@ -600,16 +596,15 @@ class _Run:
                 if window is not None:
                     raise _not_apart("samples it in context windows")
                 self.regions.turn()
-                if self.apart_window[1] <= float(timestep[0]) <= self.apart_window[0]:
+                if self.apart_window[1] <= sigma <= self.apart_window[0]:
                     apart = tuple(i for i in active if i in self.regions.known)
-            step = _Step(active, chunks, x_in.shape[0], grid, window, apart if len(apart) > 1 else ())
-            options = {**options, KEY: step}
+            known = _Step(active, chunks, x_in.shape[0], grid, window, apart if len(apart) > 1 else ())
+            options = {**options, KEY: known}
             model_options = {**model_options, "transformer_options": options}
         return executor(model, conds, x_in, timestep, model_options)
 
-    def _strengths(self, sigma: float, sigmas: Tensor | None) -> dict[int, float]:
-        """The subjects that act at a noise level, with their strengths. sigmas: those of the whole run."""
-        step, steps = self._step_of(sigma, sigmas)
+    def _strengths(self, sigma: float, step: float, steps: int) -> dict[int, float]:
+        """The subjects that act at a noise level, which is a step of so many, with their strengths."""
         strengths = {}
         for i, (application, (start, end)) in enumerate(zip(self.applications, self.windows, strict=True)):
             factor = application.schedule.factor(step, steps) if application.schedule else 1.0

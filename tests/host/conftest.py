@@ -5,7 +5,6 @@ Models have random weights and are small: `scripts/_studio.py`.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
@@ -103,20 +102,7 @@ def node(pack):
     def run(node_id, all_outputs=False, where_known=None, **inputs):
         if node_id not in pack.host_nodes:
             pytest.skip(f"this ComfyUI has no node {node_id}")
-        cls = pack.host_nodes[node_id]
-        types = cls.INPUT_TYPES()
-        defaults = {}
-        for name, (kind, *options) in {**types.get("required", {}), **types.get("optional", {})}.items():
-            options = options[0] if options else {}
-            if "default" in options:
-                defaults[name] = options["default"]
-            elif choices := kind if isinstance(kind, list) else options.get("options"):
-                defaults[name] = choices[0]
-        method = getattr(cls, "execute", None) or getattr(cls(), cls.FUNCTION)
-        taken = inspect.signature(method).parameters
-        known = {k: v for k, v in {**defaults, **(where_known or {})}.items() if k in taken}
-        result = method(**{**known, **inputs})
-        outputs = getattr(result, "result", result)
+        outputs = _studio.run_node(pack.host_nodes[node_id], where_known, **inputs)
         return outputs if all_outputs else outputs[0]
 
     return run

@@ -128,13 +128,11 @@ def test_a_mask_in_apply_subject_is_where_a_prompt_in_an_area_is(pack, node, sd1
 
 def test_explain_shows_the_query_s_own_nested_attention(pack, node, sd15, pair):
     """Against equation (1) written out, from the keys that the encoder makes."""
-    import sys
-
     model, _, positive, negative = pair
     recorded, recording = node("NestedRecordAttention", all_outputs=True, model=model, explain_at=0.0)
     sd15.sample(recorded, positive, negative, size=(8, 8), steps=1)
     run, after = recording.last(), pictures()
-    look_into = sys.modules[pack.comfy.__name__ + "_recording"].look_into
+    look_into = pack.recording.look_into
     point = look_into(run, "<ben>", (0.3, 0.9), 0, after[0])
     expected = []
     for query in (q for q in run.queries if q.subject == 1):
@@ -154,22 +152,18 @@ def test_explain_shows_the_query_s_own_nested_attention(pack, node, sd15, pair):
 
 
 def test_explain_without_photos_says_so(pack, node, sd15, pair):
-    import sys
-
     _, clip, _, _ = pair
     subject = sd15.subject("<anna>", "woman")
     saved = type(subject)(subject.encoder, subject.subject)  # as from a file: without views
     model, clip = sd15.apply(saved)
     recorded, recording = node("NestedRecordAttention", all_outputs=True, model=model)
     sd15.sample(recorded, sd15.encode(clip, "<anna>"), sd15.encode(clip, ""), size=(8, 8), steps=1)
-    look_into = sys.modules[pack.comfy.__name__ + "_recording"].look_into
+    look_into = pack.recording.look_into
     assert "comes from a file" in look_into(recording.last(), "", (0.5, 0.5), 0, pictures()[0]).sources
     assert node("NestedExplain", recording=recording, after=pictures()).shape[2] == 1372
 
 
 def test_merged_views_know_their_photos(pack, node, sd15):
-    import sys
-
     merged = pack.nodes["NestedMergeSubjects"].execute(
         {"subject_1": sd15.subject(), "subject_2": sd15.subject(view=2), "subject_3": sd15.subject(view=4)}, "1, 0, 2"
     )[0]
@@ -177,9 +171,7 @@ def test_merged_views_know_their_photos(pack, node, sd15):
     model, clip = sd15.apply(merged)
     recorded, recording = node("NestedRecordAttention", all_outputs=True, model=model)
     sd15.sample(recorded, sd15.encode(clip, "<person>"), sd15.encode(clip, ""), size=(8, 8), steps=1)
-    point = sys.modules[pack.comfy.__name__ + "_recording"].look_into(
-        recording.last(), "", (0.5, 0.5), 0, pictures()[0]
-    )
+    point = pack.recording.look_into(recording.last(), "", (0.5, 0.5), 0, pictures()[0])
     assert point.tokens.shape == (16,) and point.sources[1].shape == (2, 16, 16)
 
 
