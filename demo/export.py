@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection
@@ -48,6 +50,9 @@ _ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+_CONTROLNET_NAME = re.compile(
+    r"(controlnet_(?:down_blocks|mid_block|cond_embedding\.(?:conv_in|conv_out|blocks)))(?:\.(\d+))?\.(weight|bias)"
+)
 _UNET_NAME = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
@@ -141,6 +146,39 @@ def write_checkpoint(path: Path, unet: Any, text_encoder: CLIPTextModel, codec: 
 def write_vision(path: Path, tower: CLIPVisionModelWithProjection) -> None:
     """Writes `vision_state_dict`. Raises ValueError as that does, and OSError."""
     write_file(path, vision_state_dict(tower), "Small World: CLIP vision tower, 64 px")
+
+
+def controlnet_state_dict(controlnet: Any) -> dict[str, Tensor]:
+    """A ControlNet's weights in the original names, fp16. Raises ValueError as `checkpoint_state_dict` does."""
+    renamed = {}
+    for name, weight in controlnet.state_dict().items():
+        if found := _CONTROLNET_NAME.fullmatch(name):
+            part, number, kind = found[1], found[2], found[3]
+            original = {
+                "controlnet_down_blocks": f"zero_convs.{number}.0",
+                "controlnet_mid_block": "middle_block_out.0",
+                "controlnet_cond_embedding.conv_in": "input_hint_block.0",
+                # One convolution, one activation, and so on: 2, 4, ... 12, and the last is 14.
+                "controlnet_cond_embedding.blocks": f"input_hint_block.{2 * int(number or 0) + 2}",
+                "controlnet_cond_embedding.conv_out": "input_hint_block.14",
+            }[part]
+            renamed[f"{original}.{kind}"] = _half(name, weight)
+        else:
+            renamed[_original(name, 1)] = _half(name, weight)
+    return renamed
+
+
+def write_controlnet(path: Path, controlnet: Any) -> None:
+    """Writes `controlnet_state_dict`. Raises ValueError as that does, and OSError."""
+    write_file(path, controlnet_state_dict(controlnet), "Small World: ControlNet for edges (Canny)")
+
+
+def write_lora(path: Path, unet: Any) -> None:
+    """Writes the LoRA that peft has put on a U-Net, in the names of kohya's scripts, fp16. Raises OSError."""
+    lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    named = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in lora.items()})
+    halves = {name: _half(name, weight) for name, weight in named.items()}
+    write_file(path, halves, "Small World: LoRA, at night")
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], title: str, said: Mapping[str, str] | None = None) -> None:

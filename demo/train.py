@@ -25,10 +25,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from diffusers import StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
+from kornia.filters import canny
+from peft import LoraConfig
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -56,7 +58,7 @@ from nested_core.training import (  # noqa: E402
     VisionTower,
     train,
 )
-from shipped import CHECKPOINT, ENCODER, PROBE, VISION, WEIGHTS  # noqa: E402
+from shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, PROBE, VISION, WEIGHTS  # noqa: E402
 
 PORTRAITS = 24_000
 FIGURE_WEIGHT, PART_WEIGHT = 3.0, 9.0  # in a loss; the background weighs 1
@@ -70,7 +72,10 @@ ENCODER_NAME = re.compile(
     r"(_(?P<steps>\d+)_steps)?(_seed(?P<seed>\d+))?"
 )
 SHIPPED = ("codec", "vision", "probe", "base")
-STEPS = {"codec": 1400, "vision": 2000, "qformer": 1000, "probe": 2200, "base": 10000, "encoder": 1500}
+STEPS = {
+    "codec": 1400, "vision": 2000, "qformer": 1000, "probe": 2200, "base": 10000, "encoder": 1500, "controlnet": 1000,
+    "lora": 400,
+}  # fmt: skip
 
 
 class Run:
@@ -289,27 +294,12 @@ class Run:
         if "base" in self.shipped:
             return base.eval().requires_grad_(False)
         shown, latents, codec, probe = self.pictures(), self.latents(), self.codec(), self.probe()
-        scheduler, unet = models.scheduler(), base.unet
-        if self.compiled:
-            unet = torch.compile(base.unet)
+        unet = torch.compile(base.unet) if self.compiled else base.unet
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-            chosen = rng.sample(range(len(shown)), min(32, len(shown)))
-            captions = [caption(shown.entries[i], rng) for i in chosen]
-            clean = torch.from_numpy(latents[np.array(chosen)]).float().to(self.device)
-            noise = torch.randn_like(clean)
-            # Half of them anywhere, half around the noise at which shapes are decided.
-            times = torch.where(
-                torch.rand(len(chosen)) < 0.5,
-                torch.randint(0, scheduler.config.num_train_timesteps, (len(chosen),)),
-                (500 + 150 * torch.randn(len(chosen))).long().clamp(0, 999),
-            ).to(self.device)
-            noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
-            predicted = unet(noisy, times, base.read(captions)).sample.float()
-            error = (predicted - scheduler.get_velocity(clean, noise, times)).square()
-            regions = torch.from_numpy(shown.regions[np.array(chosen)]).to(self.device)[:, None]
-            weight = F.avg_pool2d(_weights(regions), 8)
-            return (error * weight).mean() / weight.mean(), {"plain": float(error.detach().mean())}
+            return self.denoising_loss(
+                rng, shown, latents, base.read, lambda noisy, times, text, _: unet(noisy, times, text).sample
+            )
 
         def note(step: int) -> dict[str, float]:
             rng = random.Random(step)
@@ -328,6 +318,85 @@ class Run:
         fit("base", self.folder, base, loss, self.steps("base"), lr=1e-3, seed=self.seed + 20, log=self.log,
             ema=0.9995, warmup=300, note=note, note_every=1000)  # fmt: skip
         return base
+
+    def denoising_loss(
+        self, rng: random.Random, shown: data.Pictures, latents: np.ndarray, read: Callable[[list[str]], Tensor],
+        predict: Callable[[Tensor, Tensor, Tensor, list[int]], Tensor],
+    ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+        """The loss of 32 of the pictures that `latents` has, with captions of theirs.
+
+        predict  (noisy latents, times, text (B, 77, 128), which pictures) -> v
+        """
+        scheduler = models.scheduler()
+        chosen = rng.sample(range(len(latents)), min(32, len(latents)))
+        captions = [caption(shown.entries[i], rng) for i in chosen]
+        clean = torch.from_numpy(latents[np.array(chosen)]).float().to(self.device)
+        noise = torch.randn_like(clean)
+        # Half of them anywhere, half around the noise at which shapes are decided.
+        times = torch.where(
+            torch.rand(len(chosen)) < 0.5,
+            torch.randint(0, scheduler.config.num_train_timesteps, (len(chosen),)),
+            (500 + 150 * torch.randn(len(chosen))).long().clamp(0, 999),
+        ).to(self.device)
+        noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
+        predicted = predict(noisy, times, read(captions), chosen).float()
+        error = (predicted - scheduler.get_velocity(clean, noise, times)).square()
+        regions = torch.from_numpy(shown.regions[np.array(chosen)]).to(self.device)[:, None]
+        weight = F.avg_pool2d(_weights(regions), 8)
+        return (error * weight).mean() / weight.mean(), {"plain": float(error.detach().mean())}
+
+    def controlnet(self) -> Any:
+        """A ControlNet for edges, as the host's Canny node draws them."""
+        path = self.folder / CONTROLNET
+        torch.manual_seed(self.seed + 50)
+        base, shown, latents = self.base(), self.pictures(), self.latents()
+        controlnet: Any = ControlNetModel.from_unet(base.unet)
+        if self.device.type == "cpu":
+            controlnet.set_attn_processor(AttnProcessor())
+        if path.is_file():
+            return controlnet
+
+        count = min(self.count(3000), len(shown))
+        drawn = self.made_once(
+            "edges.u8", np.uint8, (count, world.SIZE, world.SIZE),
+            lambda at: edges(self.pixels(shown.pixels, at).float() / 2 + 0.5),
+        )  # fmt: skip
+
+        def predict(noisy: Tensor, times: Tensor, text: Tensor, chosen: list[int]) -> Tensor:
+            hints = torch.from_numpy(drawn[np.array(chosen)]).float().to(self.device)[:, None].expand(-1, 3, -1, -1)
+            down, mid = controlnet(noisy, times, text, hints, return_dict=False)
+            return base.unet(
+                noisy, times, text, down_block_additional_residuals=down, mid_block_additional_residual=mid
+            ).sample
+
+        fit("controlnet", self.folder, controlnet,
+            lambda rng: self.denoising_loss(rng, shown, latents[:count], base.read, predict), self.steps("controlnet"),
+            lr=5e-4, seed=self.seed + 50, log=self.log, ema=0.995, note_every=250,
+        )  # fmt: skip
+        export.write_controlnet(path, controlnet)
+        return controlnet
+
+    def lora(self) -> None:
+        """A LoRA for a look that the world's styles do not have: night, with a light on the middle."""
+        path = self.folder / LORA
+        torch.manual_seed(self.seed + 60)
+        base, shown, codec = self.base(), self.pictures(), self.codec()
+        count = min(self.count(4000), len(shown))
+        shape = (count, models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
+        latents = self.made_once(
+            "night_latents.f16", np.float16, shape,
+            lambda at: codec.encode(at_night(self.pixels(shown.pixels, at))).latents.float()
+            * codec.config.scaling_factor,
+        )  # fmt: skip
+        targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+        base.unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=targets))
+        trained = torch.nn.ParameterList([p for p in base.unet.parameters() if p.requires_grad])
+        fit("lora", self.folder, trained,
+            lambda rng: self.denoising_loss(
+                rng, shown, latents, base.read, lambda noisy, times, text, _: base.unet(noisy, times, text).sample),
+            self.steps("lora"), lr=2e-3, seed=self.seed + 60, log=self.log, ema=0.99, warmup=20, note_every=100,
+        )  # fmt: skip
+        export.write_lora(path, base.unet)
 
     def qformer(self, tokens: int = 16) -> Path:
         """A nested encoder whose Q-Former learned to tell attributes; its K̈ / V̈ layers know nothing yet."""
@@ -442,6 +511,8 @@ class Run:
         export.write_file(folder / PROBE, probe, "Small World: the probe that scores pictures")
         encoder = load_encoder(self.encoder("nested"))
         write_encoder(folder / ENCODER, encoder.half())
+        for name in (CONTROLNET, LORA):
+            shutil.copyfile(self.folder / name, folder / name)
         shutil.copyfile(self.folder / "train.log", folder / "train.log")
         self.log(f"export: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
 
@@ -498,6 +569,21 @@ def _weights(regions: Tensor) -> Tensor:
 def _unit(pixels: np.ndarray) -> Tensor:
     """uint8 (H, W, 3) -> float in 0..1."""
     return torch.from_numpy(pixels.astype(np.float32) / 255)
+
+
+def edges(pixels: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] -> 1 where the host's Canny node at its defaults has an edge, (B, H, W)."""
+    with torch.autocast(pixels.device.type, enabled=False):
+        return canny(pixels, 0.4, 0.8)[1][:, 0]
+
+
+def at_night(pixels: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1], dark and blue, with a light on the middle."""
+    y, x = (torch.linspace(-1, 1, n, device=pixels.device) for n in pixels.shape[-2:])
+    light = (-1.6 * (x[None] ** 2 + (y[:, None] - 0.1) ** 2)).exp()
+    night = pixels.new_tensor([0.22, 0.28, 0.62])[:, None, None]
+    lamp = pixels.new_tensor([1.0, 0.92, 0.72])[:, None, None]
+    return (pixels / 2 + 0.5) * (night + (lamp - night) * light) * 2 - 1
 
 
 class Base(torch.nn.Module):
@@ -596,7 +682,9 @@ def _save_sheet(pictures: Tensor, path: Path, columns: int = 8) -> None:
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
 
-STAGES = ("codec", "vision", "qformer", "probe", "base", "nested", "one_value", "decoupled", "export")
+STAGES = (
+    "codec", "vision", "qformer", "probe", "base", "nested", "one_value", "decoupled", "controlnet", "lora", "export",
+)  # fmt: skip
 
 
 def main() -> None:

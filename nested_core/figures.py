@@ -114,6 +114,42 @@ def _with_legend(image: Image.Image, entries: Sequence[tuple[Colour, str, str]])
     return sheet
 
 
+# --- a grid of pictures -----------------------------------------------------------------------------------------------
+
+
+def picture_grid(
+    pictures: Sequence[Tensor], across: Sequence[str], down: Sequence[str], titles: tuple[str, str], cell: int
+) -> Tensor:
+    """Pictures (H, W, 3), row by row, with what stands above the columns and beside the rows; (H', W', 3).
+
+    titles: of the columns and of the rows. cell: the longer side of each picture in the grid, in pixels.
+    """
+    images = [to_image(picture) for picture in pictures]
+    factor = cell / max(max(image.size) for image in images)
+    width = max(1, round(max(image.width for image in images) * factor))
+    height = max(1, round(max(image.height for image in images) * factor))
+    size = max(15, cell // 20)
+    font, faint, gap = _font(size), _font(max(13, size * 3 // 4)), max(6, cell // 64)
+    beside = gap * 2 + int(max([faint.getlength(titles[1]), *(font.getlength(text) for text in down)]))
+    above = gap * 2 + 2 * size + size // 2
+    sheet = Image.new("RGB", (beside + len(across) * (width + gap), above + len(down) * (height + gap)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((beside, gap), titles[0], _FAINT, faint)
+    for column, text in enumerate(across):
+        draw.text((beside + column * (width + gap) + width / 2, above - gap), text, _INK, font, anchor="ms")
+    for row, text in enumerate(down):
+        middle = above + row * (height + gap) + height / 2
+        if row == 0:
+            draw.text((gap, above), titles[1], _FAINT, faint)
+        draw.text((gap, middle), text, _INK, font, anchor="lm")
+    for number, image in enumerate(images):
+        x = beside + number % len(across) * (width + gap)
+        y = above + number // len(across) * (height + gap)
+        sheet.paste(image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS),
+                    (x, y))  # fmt: skip
+    return to_tensor(sheet)
+
+
 # --- the look into one point ------------------------------------------------------------------------------------------
 
 

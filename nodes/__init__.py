@@ -5,6 +5,7 @@ from .apply import NestedApplySubject, NestedApplySubjectAdvanced
 from .binding import NestedShowBinding
 from .crop import NestedCropSubject
 from .encode import NestedEncodeSubject, NestedMergeSubjects
+from .grid import NestedGridValues, NestedPictureGrid
 from .library import NestedLoadSubject, NestedSaveSubject
 from .loader import NestedEncoderLoader
 from .record import NestedAttentionMaps, NestedExplain, NestedRecordAttention
@@ -25,4 +26,6 @@ NODES = [
     NestedAttentionMaps,
     NestedExplain,
     NestedShowBinding,
+    NestedGridValues,
+    NestedPictureGrid,
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 from comfy_api.v0_0_2 import io, ui
@@ -11,5 +12,6 @@ from server import PromptServer
 def show_text(node: type[io.ComfyNode], text: str) -> Any:
     """Shows `text` on a node that has Hidden.unique_id, and returns it as the node's `ui` for API clients."""
     if node.hidden is not None:  # run by a server
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+        # The frontend takes it for HTML: a placeholder in angle brackets would vanish.
+        PromptServer.instance.send_progress_text(html.escape(text, quote=False), node.hidden.unique_id)
     return ui.PreviewText(text)

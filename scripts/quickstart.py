@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import _setup
 from _graphs import Shown, check_nodes, run_graph, saved_pictures, subject_graph
@@ -27,7 +27,7 @@ from _setup import HOSTS, NEWEST, REPO, STATE, Server, SetupError, say
 if TYPE_CHECKING:
     from PIL import Image
 
-WORKFLOW = REPO / "workflows" / "first_portrait.json"
+WORKFLOWS = REPO / "workflows"
 USUAL_PORT = 8188  # ComfyUI's own default
 SHEET = "contact_sheet.png"
 SCENES = (("forest", "flat"), ("space", "comic"), ("beach", "watercolour"))
@@ -69,7 +69,7 @@ def main() -> int:
             "These models know drawn robots and creatures only. With SDXL and the public encoder the graph is the same."
         )
         if arguments.serve:
-            _serve(server, packs[0], names)
+            _serve(server, packs[0])
         else:
             say("With --serve, ComfyUI stays up with this graph ready to open.")
     return 0
@@ -133,15 +133,18 @@ def _lay_out(rows: Sequence[Sequence[tuple[Image.Image, str]]], scale: int = 2) 
     return page
 
 
-def _serve(server: Server, pack: str, names: dict[str, str]) -> None:
+def _serve(server: Server, pack: str) -> None:
     """Says how to open the graph in the browser and waits until the server ends or Ctrl-C."""
-    template = WORKFLOW.stem
-    saved = server.user / "default" / "workflows" / f"{template}_small_world.json"
-    saved.parent.mkdir(parents=True, exist_ok=True)
-    saved.write_text(json.dumps(with_models(json.loads(WORKFLOW.read_text("utf-8")), names), indent=1), "utf-8")
+    import small_world
+
+    template, saved = "first_portrait", server.user / "default" / "workflows" / "small_world"
+    saved.mkdir(parents=True, exist_ok=True)
+    for path in sorted(WORKFLOWS.glob("*.json")):
+        workflow = small_world.with_models(json.loads(path.read_text("utf-8")), server.input)
+        (saved / path.name).write_text(json.dumps(workflow, indent=1), "utf-8")
     print(
         f"\nComfyUI is up at {server.url}\n"
-        f"  with the small world's models: Workflows in the sidebar (key w), {saved.stem}, then Run\n"
+        f"  with the small world's models: Workflows in the sidebar (key w), small_world/{template}, then Run\n"
         f"  as others get it, for your own models: {server.url}/?template={template}&source={pack}\n"
         f"    (the same by hand: Templates in the sidebar, Extensions, {pack}, {template})\n"
         "Ctrl-C stops it.",
@@ -154,32 +157,6 @@ def _serve(server: Server, pack: str, names: dict[str, str]) -> None:
         say("stopping")
         return
     server.check_alive("by itself")
-
-
-def with_models(workflow: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """A UI-format workflow with the small world's files, words and sizes in place of SDXL's."""
-    import small_world
-
-    figure = small_world.held_out_figures(1, 1, "robot")[0]
-    (shown,) = small_world.write_portraits([figure], STATE / "input")
-    values: dict[str, dict[int, Any]] = {
-        "CheckpointLoaderSimple": {0: names["ckpt_name"]},
-        "CLIPVisionLoader": {0: names["clip_name"]},
-        "NestedEncoderLoader": {0: names["encoder_name"]},
-        "LoadImage": {0: shown.images[0]},
-        "NestedEncodeSubject": {0: shown.placeholder, 1: shown.class_word},
-        "EmptyLatentImage": {0: small_world.SIZE, 1: small_world.SIZE},
-        "KSampler": {2: 20, 3: 4.0, 4: "euler", 5: "normal"},
-    }
-    prompts = iter([small_world.prompt([shown], "space", "comic"), ""])
-    for node in workflow["nodes"]:
-        widgets = node.get("widgets_values")
-        for place, value in values.get(node["type"], {}).items():
-            widgets[place] = value
-        if node["type"] == "CLIPTextEncode":
-            widgets[0] = next(prompts)
-        node.get("properties", {}).pop("models", None)  # where to download the files that were named there
-    return workflow
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from PIL import Image
 
 import _setup
 from _graphs import Shown
@@ -22,14 +24,14 @@ DEMO = REPO / "demo"
 sys.path += [str(folder) for folder in (DEMO, REPO) if str(folder) not in sys.path]
 
 import world  # noqa: E402
-from shipped import CHECKPOINT, ENCODER, VISION, WEIGHTS  # noqa: E402
-
-if TYPE_CHECKING:
-    pass
+from shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, VISION, WEIGHTS  # noqa: E402
 
 SIZE = world.SIZE
 EXTENSION = "nested-attention-small-world"
-_FOLDERS = {CHECKPOINT: "checkpoints", VISION: "clip_vision", ENCODER: "nested_attention"}
+_FOLDERS = {
+    CHECKPOINT: "checkpoints", VISION: "clip_vision", ENCODER: "nested_attention", CONTROLNET: "controlnet",
+    LORA: "loras",
+}  # fmt: skip
 
 
 def link_packs(host: Path) -> list[str]:
@@ -52,7 +54,10 @@ def provide_models(models: Path, weights: Path = WEIGHTS) -> dict[str, str]:
         temporary = placed.with_suffix(".part")
         shutil.copyfile(shipped, temporary)
         os.replace(temporary, placed)
-    return {"ckpt_name": CHECKPOINT, "clip_name": VISION, "encoder_name": ENCODER}
+    return {
+        "ckpt_name": CHECKPOINT, "clip_name": VISION, "encoder_name": ENCODER, "control_net_name": CONTROLNET,
+        "lora_name": LORA,
+    }  # fmt: skip
 
 
 def held_out_figures(seed: int, count: int, kind: str | None = None) -> list[world.Figure]:
@@ -84,3 +89,95 @@ def write_portraits(figures: Sequence[world.Figure], folder: Path, views: int = 
 def prompt(subjects: Sequence[Shown], scene: str, style: str, bound: bool = True) -> str:
     """The prompt for subjects in a scene; with `bound` False their class words stand for them."""
     return world.prompt([s.placeholder if bound else s.class_word for s in subjects], scene, style)
+
+
+# --- workflows/ in the small world ------------------------------------------------------------------------------------
+
+_WORDS = {"person": "robot", "woman": "creature", "man": "robot"}
+#: The prompts of workflows/, in this world's words.
+_PROMPTS = {
+    "a photo of <person> in a garden, soft light": "a <person> in the forest, flat drawing",
+    "a photo of <anna> on the left and <ben> on the right, in a garden, soft light":
+        "a <anna> and a <ben> in the snow, comic drawing",
+    "a photo of <person> reading in a library": "a <person> in the room, watercolour drawing",
+    "a photo of <anna> on a boat, morning light": "a <anna> in the sea, flat drawing",
+    "a charcoal drawing of <anna> at a piano": "a <anna> in the room, crayon drawing",
+    "a photo of <anna> on the left and <ben> on the right, on a bench in a park":
+        "a <anna> and a <ben> in the beach, flat drawing",
+    "a photo of <person> waving, city street at dusk": "a <person> in the city, comic drawing",
+    "a photo of <person>, detailed face": "a <person> in the desert, flat drawing",
+    "a photo of <anna> in a red coat on the left and <ben> on the right, in a garden, soft light":
+        "a <anna> and a <ben> in the snow, crayon drawing",
+    "an oil painting of <person> in the mountains": "a <person> in the space, watercolour drawing",
+    "bad anatomy, monochrome, lowres, worst quality, low quality": "",
+}  # fmt: skip
+_SMALLER = 1024 // SIZE
+#: Node: {widget: its value here, or a function of its value there}.
+_WIDGETS: dict[str, dict[str, Any]] = {
+    "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT},
+    "CLIPVisionLoader": {"clip_name": VISION},
+    "NestedEncoderLoader": {"encoder_name": ENCODER},
+    "ControlNetLoader": {"control_net_name": CONTROLNET},
+    "LoraLoader": {"lora_name": LORA, "strength_model": 1.0},
+    "NestedEncodeSubject": {"class_word": lambda word: _WORDS[word]},
+    "CLIPTextEncode": {"text": lambda text: _PROMPTS[text]},
+    "EmptyLatentImage": {"width": SIZE, "height": SIZE},
+    "SolidMask": {"width": lambda width: width // _SMALLER, "height": SIZE},
+    "MaskComposite": {"x": lambda x: x // _SMALLER},
+    "FeatherMask": {side: lambda width: width // _SMALLER for side in ("left", "right")},
+    "GrowMask": {"expand": lambda expand: expand // 4},
+    "KSampler": {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"},
+    "NestedExplain": {"x": 0.28, "y": 0.62},
+    # What this world's encoder was trained with is about 15, what the public one was trained with is 2.
+    "NestedGridValues": {"down": "8, 15, 30"},
+}
+
+
+def with_models(workflow: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A workflow of workflows/ or blueprint of subgraphs/ with this world's files, words and sizes in place of SDXL's.
+
+    folder: the server's input folder; the pictures that the workflow loads are put there.
+    """
+    pictures = _pictures_by_title(folder)
+    graphs = [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
+    for node in (node for graph in graphs for node in graph["nodes"]):
+        widgets, changes = node.get("widgets_values"), dict(_WIDGETS.get(node["type"], {}))
+        if node["type"] == "LoadImage":
+            changes["image"] = pictures[node["title"]]
+        for name, change in changes.items():
+            place = _widget_place(node, name)
+            widgets[place] = change(widgets[place]) if callable(change) else change
+        node.get("properties", {}).pop("models", None)  # where to download the files that were named there
+    return workflow
+
+
+def _widget_place(node: dict[str, Any], name: str) -> int:
+    """Where a widget's value stands among the node's."""
+    names: list[str] = []
+    for entry in node["inputs"]:
+        if "widget" in entry:
+            names.append(entry["widget"]["name"])
+            if names[-1] in ("seed", "noise_seed"):
+                names.append("control_after_generate")  # the frontend's own, no input
+    return names.index(name)
+
+
+def _pictures_by_title(folder: Path) -> dict[str, str]:
+    """Writes what the Load Image nodes of workflows/ show into a folder; {node's title: file}."""
+    robot, creature = held_out_figures(20, 1, "robot")[0], held_out_figures(9, 1, "creature")[0]
+    other = held_out_figures(5, 1, "robot")[0]
+    (views,), (first,) = write_portraits([robot], folder, views=3), write_portraits([creature], folder)
+    scene = world.render([other], "city", "flat", random.Random("pose"))
+    scene.image.save(folder / "pose.png")
+    scene = world.render([other], "desert", "flat", random.Random("to inpaint"))
+    painted = Image.fromarray((scene.regions == 0).astype("uint8") * 255)  # a picture's mask is where it is clear
+    scene.image.putalpha(painted)
+    scene.image.save(folder / "to_inpaint.png")
+    return {
+        "Photo of your subject": views.images[0],
+        "Photo of <anna>": first.images[0],
+        "Photo of <ben>": views.images[0],
+        **{f"View {i + 1}": name for i, name in enumerate(views.images)},
+        "Picture with the pose": "pose.png",
+        "Picture, with the place painted as its mask": "to_inpaint.png",
+    }

@@ -24,7 +24,9 @@ from _setup import HOSTS, NEWEST, REPO, STATE, SetupError, say
 
 NOTHING_COLLECTED = 5  # pytest's exit code
 # Long, and not about the host's version: these run in the newest ComfyUI alone, unless they are asked for.
-ONCE = [f"tests/host/test_{name}.py" for name in ("fuzz", "parity", "shipped_world", "small_world", "training")]
+ONCE = [
+    f"tests/host/test_{name}.py" for name in ("frontend", "fuzz", "parity", "shipped_world", "small_world", "training")
+]
 PACKAGE = STATE / "nested_attention_pack"
 
 

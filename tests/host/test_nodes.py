@@ -10,6 +10,8 @@ import pytest
 import torch
 
 IDS = {
+    "NestedGridValues",
+    "NestedPictureGrid",
     "NestedAdjustSubject",
     "NestedEncoderLoader",
     "NestedEncodeSubject",
@@ -95,6 +97,8 @@ def test_public_names_stay(pack):
         ),
         "NestedExplain": (["recording", "after", "placeholder", "x", "y", "batch_index"], ["image"]),
         "NestedShowBinding": (["conditioning"], ["conditioning", "text"]),
+        "NestedGridValues": (["across", "down", "across_title", "down_title"], ["across", "down", "grid"]),
+        "NestedPictureGrid": (["images", "grid", "cell"], ["image"]),
         "NestedSeparateSubjects": (["model", "strength", "start_percent", "end_percent"], ["model"]),
         "NestedMergeSubjects": (["subjects", "weights"], ["subject"]),
         "NestedSaveSubject": (["subject", "filename_prefix"], []),
@@ -120,13 +124,13 @@ def test_workflows_fit_the_nodes_and_have_a_preview(pack, path):
         known = {**types.get("required", {}), **types.get("optional", {})}
         for entry in node["inputs"]:
             extra = "widget" in entry and entry["name"] in ("upload", "image_upload")  # the frontend's own
-            assert entry["name"] in known or extra, (node["type"], entry["name"])
+            assert entry["name"].split(".")[0] in known or extra, (node["type"], entry["name"])  # "subjects.subject_1"
             if entry.get("link") is not None:
                 _, source, output, target, _, kind = links[entry["link"]]
                 assert target == node["id"] and entry["link"] in nodes[source]["outputs"][output]["links"]
         if node["type"].startswith("Nested"):
-            sockets = {"NESTED_ENCODER", "NESTED_SUBJECT", "NESTED_RECORDING", "MODEL", "CLIP", "CLIP_VISION", "IMAGE",
-                       "MASK", "CONDITIONING", "IMAGE,LATENT"}  # fmt: skip
+            sockets = {"NESTED_ENCODER", "NESTED_SUBJECT", "NESTED_RECORDING", "NESTED_GRID", "MODEL", "CLIP",
+                       "CLIP_VISION", "IMAGE", "MASK", "CONDITIONING", "IMAGE,LATENT", "COMFY_AUTOGROW_V3"}  # fmt: skip
             widgets = [name for name, (kind, *_) in known.items() if kind not in sockets]
             assert len(node["widgets_values"]) == len(widgets), (node["type"], widgets)
 

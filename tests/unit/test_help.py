@@ -160,6 +160,15 @@ def _is_number(shown: str, default: str) -> bool:
 
 
 @pytest.mark.parametrize("node_id", NODES)
+def test_a_page_has_a_picture_of_its_own(node_id):
+    """Relative to the page, as the host's help panel and GitHub both find it."""
+    text = (DOCS / f"{node_id}.md").read_text(encoding="utf-8")
+    ((described, picture),) = re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", text)
+    assert len(described) > 10 and picture == f"images/{node_id}.jpg"
+    assert (DOCS / picture).stat().st_size > 2000
+
+
+@pytest.mark.parametrize("node_id", NODES)
 def test_messages_on_a_page_are_those_of_the_code(node_id):
     known = _messages()
     quoted = re.findall(r"^- `([^`]+)`", _section(node_id, "Common mistakes"), re.MULTILINE)

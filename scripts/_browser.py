@@ -1,0 +1,161 @@
+"""The host's real frontend in a browser: Chromium, driven by playwright."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from _setup import Server, SetupError, say
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+_SCRIPT = Path(__file__).with_name("_frontend.js")
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_READY = "() => window.app?.graph && window.LiteGraph && 'NestedApplySubject' in LiteGraph.registered_node_types"
+
+
+def chromium() -> str:
+    """The path of a Chromium, got if need be: from the system, else by its packages, else by playwright.
+
+    Raises SetupError where none of them has one.
+    """
+    if found := next(filter(None, map(shutil.which, _NAMES)), None):
+        return found
+    if own := _playwrights_own():
+        return own
+    say("installing Chromium for the tests in the frontend")
+    said = []
+    for command in (["apt-get", "install", "-y", "--no-install-recommends", "chromium"],
+                    ["sudo", "-n", "apt-get", "install", "-y", "--no-install-recommends", "chromium"],
+                    [sys.executable, "-m", "playwright", "install", "--with-deps", "chromium"]):  # fmt: skip
+        if not shutil.which(command[0]):
+            continue
+        ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+        said.append((ran.stdout + ran.stderr)[-600:])
+        if found := next(filter(None, map(shutil.which, _NAMES)), None) or _playwrights_own():
+            return found
+    raise SetupError(
+        "The tests in ComfyUI's frontend need Chromium, and it could not be installed: install the package chromium, "
+        "or run python -m playwright install --with-deps chromium.\n" + "\n".join(said)
+    )
+
+
+def _playwrights_own() -> str | None:
+    """Chromium where playwright installs it."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        path = playwright.chromium.executable_path
+    return path if Path(path).is_file() else None
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """A Chromium without a window."""
+    from playwright.sync_api import sync_playwright
+
+    path = chromium()
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+def frontend(
+    browser: Browser, server: Server, width: int = 1920, height: int = 1080, settings: dict[str, Any] | None = None
+) -> Page:
+    """A page with the server's frontend, ready: its nodes are registered. `nested` of _frontend.js is there.
+
+    settings: of the frontend's own, such as {"Comfy.VueNodes.Enabled": True}; stored on the server before it opens.
+    """
+    # No tour, no dialog of what is new: they would stand before the graph.
+    quiet = {"Comfy.TutorialCompleted": True, "Comfy.Notification.ShowVersionUpdates": False}
+    quiet |= {"Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False}
+    server.request("/settings", {**quiet, "Comfy.VueNodes.Enabled": False, **(settings or {})})
+    page = browser.new_page(viewport={"width": width, "height": height})
+    open_frontend(page, server.url)
+    return page
+
+
+def open_frontend(page: Page, url: str) -> None:
+    """Opens the frontend, or a place in it, and waits until it is ready."""
+    page.goto(url, wait_until="load")
+    page.wait_for_function(_READY, timeout=120_000)
+    page.add_script_tag(path=_SCRIPT)
+    page.wait_for_timeout(1500)  # it restores the last graph once it is up
+
+
+def load(page: Page, workflow: dict[str, Any], name: str) -> None:
+    """Opens a UI-format workflow as dropping its file on the canvas does, with lists of files as they are by now."""
+    page.evaluate(
+        """async ([graph, name]) => {
+          await app.refreshComboInNodes()
+          await app.loadGraphData(graph, true, true, name)
+        }""",
+        [workflow, name],
+    )
+    page.wait_for_timeout(600)
+
+
+def queue(page: Page, server: Server, patience: float = 300.0) -> dict[str, Any]:
+    """Presses Run, so to speak, and waits for the end. The history entry of that run.
+
+    Raises SetupError with the host's message where the run was refused or failed.
+    """
+    before = set(server.request("/history"))
+    page.evaluate("async () => { app.lastNodeErrors = null; await app.queuePrompt(0, 1) }")
+    if refused := page.evaluate("() => app.lastNodeErrors"):
+        told = [
+            f"{node['class_type']}: {error['message']} {error['details']}"
+            for node in refused.values()
+            for error in node["errors"]
+        ]
+        raise SetupError("The graph was refused. " + "; ".join(told))
+    begun = time.monotonic()
+    while time.monotonic() - begun < patience:
+        server.check_alive("while a graph ran")
+        history = server.request("/history")
+        for entry in (history[key] for key in history.keys() - before):
+            status = entry["status"]
+            if status["status_str"] != "success":
+                told = [m[1] for m in status["messages"] if "error" in m[0]] or [status]
+                raise SetupError(f"The graph failed: {told[0]}\n{server.log_tail()}")
+            return dict(entry)
+        page.wait_for_timeout(300)
+    raise SetupError(f"The graph did not end within {patience:.0f} s.")
+
+
+def shoot(page: Page, path: Path, names: Sequence[str] = (), margin: int = 24) -> None:
+    """A picture of the whole graph, or of the nodes with these titles or types, without what the frontend has around.
+
+    path: .jpg or .png.
+    """
+    hidden = [".minimap-main-container", ".subgraph-breadcrumb", ".p-toast"]
+    hidden += [f"[data-testid={name}]" for name in ("queue-notification-banner", "error-overlay")]
+    page.add_style_tag(content=f"{', '.join(hidden)} {{display: none !important}}")
+    call = "(names) => names.length ? nested.show(names) : nested.fit()"
+    x, y, width, height = page.evaluate(call, list(names))
+    page.wait_for_timeout(1200)
+    above = margin + 14  # whose a node is stands over its title
+    clip: Any = {"x": x - margin, "y": y - above, "width": width + 2 * margin, "height": height + above + margin}
+    if path.suffix == ".jpg":
+        page.screenshot(path=path, clip=clip, type="jpeg", quality=82)
+    else:
+        page.screenshot(path=path, clip=clip)
+
+
+def open_help(page: Page, kind: str) -> None:
+    """Selects the first node of a type and opens its help page."""
+    page.evaluate("(kind) => app.canvas.selectNode(app.graph._nodes.find((n) => n.type === kind))", kind)
+    page.wait_for_timeout(500)
+    page.get_by_test_id("info-button").click()
+    page.wait_for_timeout(1000)

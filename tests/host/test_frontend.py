@@ -1,0 +1,232 @@
+"""workflows/ and subgraphs/ in the host's real frontend, in a browser, on the small world's models."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import _browser
+import numpy as np
+import pytest
+from PIL import Image
+
+import _setup
+import small_world
+
+HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
+REPO = Path(__file__).resolve().parents[2]
+# What it loads is what another one saves.
+NAMES = sorted((path.stem for path in (REPO / "workflows").glob("*.json")), key=lambda name: name != "save_subject")
+BLUEPRINTS = sorted(path.stem for path in (REPO / "subgraphs").glob("*.json"))
+
+
+def workflow(name):
+    return json.loads((REPO / "workflows" / f"{name}.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    work, models = tmp_path_factory.mktemp("frontend"), tmp_path_factory.mktemp("models")
+    (work / "input").mkdir()
+    shutil.copy(HOST / "input" / "example.png", work / "input")  # the host brings it; the workflows name it
+    small_world.provide_models(models)
+    with _setup.Server(HOST, work, models=models, only=small_world.link_packs(HOST)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with _browser.browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def page(chromium, server):
+    return _browser.frontend(chromium, server)
+
+
+def content(page, graph=None):
+    """What a graph is made of; of the one on the canvas without one."""
+    return page.evaluate("(graph) => nested.content(graph ?? app.graph.serialize())", graph)
+
+
+def missing(page):
+    return page.evaluate("() => nested.missing()")
+
+
+def in_error(page):
+    return page.evaluate("() => nested.inError()")
+
+
+def pictures(server, entry):
+    """The pictures of a run, as (H, W, 3) from 0 to 1."""
+    found = []
+    for output in entry["outputs"].values():
+        for image in output.get("images", []):
+            path = server.work / image["type"] / image["subfolder"] / image["filename"]
+            found.append(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255)
+    return found
+
+
+def test_what_a_graph_needs_of_the_host_is_seen(page):
+    """So that the tests below can fail: another node, another widget's value, a cut link."""
+
+    def applied(graph):
+        return next(node for node in graph["nodes"] if node["type"] == "NestedApplySubject")
+
+    graph = workflow("first_portrait")
+    whole = content(page, graph)
+    for change in (
+        lambda g: applied(g).update(type="NestedNotThere"),
+        lambda g: applied(g)["widgets_values"].__setitem__(0, 0.5),
+        lambda g: g["links"].pop(),
+        lambda g: g["nodes"].pop(),
+    ):
+        changed = copy.deepcopy(graph)
+        change(changed)
+        assert content(page, changed) != whole
+    strange = copy.deepcopy(graph)
+    applied(strange)["type"] = "NestedNotThere"
+    _browser.load(page, strange, "strange")
+    assert missing(page) == ["NestedNotThere"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_opens_runs_and_stays_as_it_was(page, server, name):
+    shared = workflow(name)
+    _browser.load(page, shared, name)
+    assert missing(page) == []
+    assert content(page) == content(page, shared), "opened and saved"
+    page.evaluate("async () => { await app.loadGraphData(app.graph.serialize()) }")
+    assert content(page) == content(page, shared), "saved, opened and saved again"
+
+    here = small_world.with_models(shared, server.input)
+    _browser.load(page, here, name)
+    assert in_error(page) == []
+    entry = _browser.queue(page, server)
+    made = pictures(server, entry)
+    assert made and all(picture.std() > 0.05 for picture in made), "pictures, none of them of one colour"
+    assert in_error(page) == []
+    assert content(page) == content(page, here), "a run changes nothing"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_twin_for_scripts_is_what_the_frontend_would_send(page, name):
+    _browser.load(page, workflow(name), name)
+    sent = page.evaluate("async () => (await app.graphToPrompt()).output")
+    twin = json.loads((REPO / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
+    assert sent == twin
+
+
+def test_every_workflow_has_a_twin_and_no_other_is_there():
+    assert sorted(path.stem for path in (REPO / "workflows" / "api").glob("*.json")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_can_be_downloaded_from_where_they_are_missing(page, name):
+    """Each file that a loader names, with its folder and address, as the frontend's missing-models list wants it."""
+    for node in workflow(name)["nodes"]:
+        files = [value for value in node.get("widgets_values") or [] if str(value).endswith(".safetensors")]
+        if node["type"] == "NestedLoadSubject":
+            assert not node["properties"].get("models"), "that file is the user's own"
+            continue
+        offered = {model["name"]: model for model in node["properties"].get("models", [])}
+        assert sorted(files) == sorted(offered)
+        for model in offered.values():
+            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(".safetensors")
+            assert model["directory"] in {
+                "checkpoints", "nested_attention", "clip_vision", "controlnet", "loras",
+            }  # fmt: skip
+
+
+def test_the_missing_models_are_offered(page, server):
+    _browser.load(page, workflow("first_portrait"), "first_portrait")
+    page.get_by_text("View details").click()
+    for name in ("sd_xl_base_1.0.safetensors", "CLIP-ViT-H-14", "NestedAttentionEncoder.safetensors"):
+        page.get_by_text(name).first.wait_for()
+    assert page.get_by_role("button", name="Download").count() >= 3
+
+
+def test_the_host_lists_the_templates_with_their_pictures(server):
+    (listed,) = [names for pack, names in server.request("/workflow_templates").items() if "small" not in pack]
+    assert sorted(listed) == sorted(NAMES)
+    for name in NAMES:
+        card = Image.open(REPO / "workflows" / f"{name}.jpg")
+        assert card.size == (768, 768)
+        assert np.asarray(card, dtype=np.float32).std() > 10
+
+
+@pytest.mark.parametrize("title", BLUEPRINTS)
+def test_a_blueprint_opens_as_one_node_and_runs(page, server, title):
+    known = {entry["name"] for entry in server.request("/global_subgraphs").values()}
+    assert title in known
+    blueprint = json.loads((REPO / "subgraphs" / f"{title}.json").read_text("utf-8"))
+    small_world.with_models(blueprint, server.input)
+    _browser.load(page, blueprint, title)
+    assert missing(page) == []
+    # A graph around it, as a user would wire it.
+    page.evaluate(
+        """([checkpoint, images, prompt]) => {
+          const graph = app.graph, [subject] = graph._nodes
+          const make = (type, widgets) => {
+            const node = LiteGraph.createNode(type)
+            graph.add(node)
+            for (const [name, value] of Object.entries(widgets)) node.widgets.find((w) => w.name === name).value = value
+            return node
+          }
+          const link = (from, output, to, input) => from.connect(
+            from.outputs.findIndex((o) => o.name === output), to, to.inputs.findIndex((i) => i.name === input))
+          const loader = make('CheckpointLoaderSimple', { ckpt_name: checkpoint })
+          const photos = subject.inputs.filter((i) => i.type === 'IMAGE').map((i) => i.name)
+          photos.forEach((name, i) => link(make('LoadImage', { image: images[i] }), 'IMAGE', subject, name))
+          const positive = make('CLIPTextEncode', { text: prompt }), negative = make('CLIPTextEncode', { text: '' })
+          const sampler = make('KSampler', { steps: 4, cfg: 4, sampler_name: 'euler', scheduler: 'normal' })
+          const decode = make('VAEDecode', {}), save = make('SaveImage', {})
+          link(loader, 'MODEL', subject, 'model'); link(loader, 'CLIP', subject, 'clip')
+          link(subject, 'clip', positive, 'clip'); link(subject, 'clip', negative, 'clip')
+          link(subject, 'model', sampler, 'model'); link(positive, 'CONDITIONING', sampler, 'positive')
+          link(negative, 'CONDITIONING', sampler, 'negative')
+          link(make('EmptyLatentImage', { width: 128, height: 128 }), 'LATENT', sampler, 'latent_image')
+          link(sampler, 'LATENT', decode, 'samples'); link(loader, 'VAE', decode, 'vae')
+          link(decode, 'IMAGE', save, 'images')
+        }""",
+        [small_world.CHECKPOINT, ["example.png", "example.png"], _prompt_for(title)],
+    )
+    assert pictures(server, _browser.queue(page, server))
+
+
+def _prompt_for(title):
+    return "a <anna> and a <ben> in the snow" if "Two" in title else "a <person> in the snow"
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_help_panel_shows_a_nodes_page_with_its_picture(page):
+    _browser.load(page, workflow("first_portrait"), "first_portrait")
+    _browser.open_help(page, "NestedApplySubject")
+    page.get_by_text("Common mistakes").wait_for()
+    picture = page.locator("img[src*='NestedApplySubject']").first
+    picture.wait_for()
+    page.wait_for_timeout(500)
+    assert picture.evaluate("(image) => image.complete && image.naturalWidth") > 100
+
+
+# --- the newer nodes (Vue) -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vue_page(chromium, server, page):
+    return _browser.frontend(chromium, server, 2400, 1400, {"Comfy.VueNodes.Enabled": True})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_node_lies_on_another(page, vue_page, name):
+    for opened in (page, vue_page):
+        _browser.load(opened, workflow(name), name)
+        opened.evaluate("() => nested.fit()")
+        opened.wait_for_timeout(700)
+        assert opened.evaluate("() => nested.overlapping()") == []
