@@ -21,7 +21,7 @@ import sys
 import tarfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, NoReturn
@@ -257,6 +257,12 @@ def test_requirements() -> list[str]:
     return list(_names((REPO / "tests" / "requirements.txt").read_text("utf-8").splitlines()).values())
 
 
+def manager_requirements(host: Path) -> list[str]:
+    """What a host names for having ComfyUI Manager."""
+    file = host / "manager_requirements.txt"
+    return list(_names(file.read_text("utf-8").splitlines()).values()) if file.is_file() else []
+
+
 def check_own_environment(host: Path, extra: Iterable[str] = ()) -> None:
     """With COMFYUI_PATH: does this Python have what that ComfyUI needs, and `extra`? Raises SetupError if not."""
     version = version_of(host)
@@ -404,7 +410,9 @@ class Server:
     work    its input, output, temp and user folders, database and log lie here, none in the host
     models  a folder laid out like ComfyUI's models folder, searched besides the host's own
     port    0: any free one
-    only    custom nodes to load, by folder name; all others stay out
+    only    custom nodes to load, by folder name; all others stay out. None: all of them
+    options more of the host's command line
+    environment  more variables
     """
 
     def __init__(
@@ -414,9 +422,13 @@ class Server:
         *,
         models: Path | None = None,
         port: int = 0,
-        only: Iterable[str] = (PACK,),
+        only: Iterable[str] | None = (PACK,),
+        options: Iterable[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.host, self.work, self.models, self.only = host, work, models, list(only)
+        self.host, self.work, self.models = host, work, models
+        self.only = None if only is None else list(only)
+        self.options, self.environment = list(options), dict(environment or {})
         self.port = port or _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = work / "server.log"
@@ -447,7 +459,9 @@ class Server:
         command += ["--temp-directory", str(self.work), "--user-directory", str(self.user)]
         # The database has the shape of one host version, and one process at a time may have it.
         command += ["--database-url", f"sqlite:///{self.user / f'comfyui-{version_of(self.host)}.db'}"]
-        command += ["--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.only]
+        command += ["--disable-api-nodes", *self.options]
+        if self.only is not None:
+            command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.only]
         if self.models:
             if not self.models.is_dir():
                 raise SetupError(f"There is no models folder {self.models}: make the models before the server starts.")
@@ -460,7 +474,7 @@ class Server:
         group: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
             group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **self.environment}
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.host, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **group

@@ -25,7 +25,8 @@ from _setup import HOSTS, NEWEST, REPO, STATE, SetupError, say
 NOTHING_COLLECTED = 5  # pytest's exit code
 # Long, and not about the host's version: these run in the newest ComfyUI alone, unless they are asked for.
 ONCE = [
-    f"tests/host/test_{name}.py" for name in ("frontend", "fuzz", "parity", "shipped_world", "small_world", "training")
+    f"tests/host/test_{name}.py"
+    for name in ("frontend", "fuzz", "installs", "parity", "shipped_world", "small_world", "training")
 ]
 PACKAGE = STATE / "nested_attention_pack"
 
@@ -43,13 +44,18 @@ def main() -> int:
         raise SetupError("COMFYUI_PATH already says which ComfyUI to test with: unset it, or leave out --host.")
     _setup.enter_environment()
     if own:
-        _setup.check_own_environment(own, _setup.test_requirements())
+        _setup.check_own_environment(own, [*_setup.test_requirements(), *_setup.manager_requirements(own)])
         hosts = {_setup.version_of(own): own}
     else:
         every = {version: _setup.fetch_host(version) for version in HOSTS}
-        needed = _setup.host_requirements(every.values())
+        needed = [*_setup.host_requirements(every.values()), *_setup.manager_requirements(every[NEWEST])]
         _setup.install([*needed, *_setup.test_requirements()], "ComfyUI's packages and the tests'")
         hosts = {version: every[version] for version in arguments.host or HOSTS}
+
+    if not extra or any(path.startswith("tests/host/test_frontend") for path in paths):
+        import _browser
+
+        say(f"the frontend's tests run in {_browser.chromium()}")
 
     python = [sys.executable, "-m"]
     # Stage: (command, environment). The linters have no say over a run of chosen tests.
@@ -66,12 +72,14 @@ def main() -> int:
     if chosen := _within(paths, "tests/host"):
         for version, host in hosts.items():
             command = [*python, "pytest", *chosen, *options]
-            if not extra and not own and version != NEWEST:
-                command += [f"--ignore={path}" for path in ONCE]
             environment = {"COMFYUI_PATH": str(host)}
+            if not extra:
+                command += [f"--ignore={path}" for path in ONCE]
             if not extra and not own:
                 environment["NESTED_ATTENTION_COMPATIBILITY"] = str(compatibility.results_file(version))
             stages[f"host tests, ComfyUI {version}"] = (command, environment)
+            if not extra and (own or version == NEWEST):
+                stages[f"once, ComfyUI {version}"] = ([*python, "pytest", *ONCE], {"COMFYUI_PATH": str(host)})
 
     try:
         results = _run(stages)

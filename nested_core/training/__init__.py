@@ -7,20 +7,29 @@
 or, from the command line, `python -m nested_core.training --config file.yaml`. See docs/training.md.
 """
 
-from .base import BaseModel, VisionTower, load_base
-from .config import (
-    BaseConfig,
-    DataConfig,
-    EncoderSettings,
-    InitConfig,
-    LossConfig,
-    OptimiserConfig,
-    SampleConfig,
-    TrainingConfig,
-)
-from .examples import Example, ExampleSubject
-from .export import load_trained
-from .loop import train
+try:
+    from .base import BaseModel, VisionTower, load_base
+    from .config import (
+        BaseConfig,
+        DataConfig,
+        EncoderSettings,
+        InitConfig,
+        LossConfig,
+        OptimiserConfig,
+        SampleConfig,
+        TrainingConfig,
+    )
+    from .examples import Example, ExampleSubject
+    from .export import load_trained
+    from .loop import train
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith(__name__.split(".")[0]):
+        raise
+    raise ModuleNotFoundError(
+        f"Training an encoder needs {error.name}, which is not installed: pip install -r requirements-training.txt. "
+        "The nodes need none of it.",
+        name=error.name,
+    ) from None
 
 __all__ = [
     "BaseConfig",
