@@ -79,7 +79,8 @@ STEPS = {
 
 
 class Run:
-    """A training of the whole world in a folder. Each stage is a method that returns its trained, frozen module."""
+    """A training of the whole world in a folder. Each stage is a method that returns its trained, frozen module, or the
+    file that it wrote."""
 
     def __init__(
         self, folder: Path, seed: int, scale: float, shipped: frozenset[str] = frozenset(), warm: bool = False,
@@ -345,17 +346,16 @@ class Run:
         weight = F.avg_pool2d(_weights(regions), 8)
         return (error * weight).mean() / weight.mean(), {"plain": float(error.detach().mean())}
 
-    def controlnet(self) -> Any:
-        """A ControlNet for edges, as the host's Canny node draws them."""
+    def controlnet(self) -> Path:
+        """A ControlNet for edges, as the host's Canny node draws them; its file."""
         path = self.folder / CONTROLNET
+        if path.is_file():
+            return path
         torch.manual_seed(self.seed + 50)
         base, shown, latents = self.base(), self.pictures(), self.latents()
         controlnet: Any = ControlNetModel.from_unet(base.unet)
         if self.device.type == "cpu":
             controlnet.set_attn_processor(AttnProcessor())
-        if path.is_file():
-            return controlnet
-
         count = min(self.count(3000), len(shown))
         drawn = self.made_once(
             "edges.u8", np.uint8, (count, world.SIZE, world.SIZE),
@@ -374,11 +374,13 @@ class Run:
             lr=5e-4, seed=self.seed + 50, log=self.log, ema=0.995, note_every=250,
         )  # fmt: skip
         export.write_controlnet(path, controlnet)
-        return controlnet
+        return path
 
-    def lora(self) -> None:
-        """A LoRA for a look that the world's styles do not have: night, with a light on the middle."""
+    def lora(self) -> Path:
+        """A LoRA for a look that the world's styles do not have: night, with a light on the middle; its file."""
         path = self.folder / LORA
+        if path.is_file():
+            return path
         torch.manual_seed(self.seed + 60)
         base, shown, codec = self.base(), self.pictures(), self.codec()
         count = min(self.count(4000), len(shown))
@@ -397,6 +399,7 @@ class Run:
             self.steps("lora"), lr=2e-3, seed=self.seed + 60, log=self.log, ema=0.99, warmup=20, note_every=100,
         )  # fmt: skip
         export.write_lora(path, base.unet)
+        return path
 
     def qformer(self, tokens: int = 16) -> Path:
         """A nested encoder whose Q-Former learned to tell attributes; its K̈ / V̈ layers know nothing yet."""
@@ -511,8 +514,8 @@ class Run:
         export.write_file(folder / PROBE, probe, "Small World: the probe that scores pictures")
         encoder = load_encoder(self.encoder("nested"))
         write_encoder(folder / ENCODER, encoder.half())
-        for name in (CONTROLNET, LORA):
-            shutil.copyfile(self.folder / name, folder / name)
+        for path in (self.controlnet(), self.lora()):
+            shutil.copyfile(path, folder / path.name)
         shutil.copyfile(self.folder / "train.log", folder / "train.log")
         self.log(f"export: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
 

@@ -120,11 +120,11 @@ def _with_legend(image: Image.Image, entries: Sequence[tuple[Colour, str, str]])
 def picture_grid(
     pictures: Sequence[Tensor], across: Sequence[str], down: Sequence[str], titles: tuple[str, str], cell: int
 ) -> Tensor:
-    """Pictures (H, W, 3), row by row, with what stands above the columns and beside the rows; (H', W', 3).
+    """Pictures (H, W, 3 or 4), row by row, with what stands above the columns and beside the rows; (H', W', 3).
 
     titles: of the columns and of the rows. cell: the longer side of each picture in the grid, in pixels.
     """
-    images = [to_image(picture) for picture in pictures]
+    images = [to_image(picture[..., :3]) for picture in pictures]
     factor = cell / max(max(image.size) for image in images)
     width = max(1, round(max(image.width for image in images) * factor))
     height = max(1, round(max(image.height for image in images) * factor))
@@ -145,8 +145,8 @@ def picture_grid(
     for number, image in enumerate(images):
         x = beside + number % len(across) * (width + gap)
         y = above + number // len(across) * (height + gap)
-        sheet.paste(image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS),
-                    (x, y))  # fmt: skip
+        size_in_cell = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+        sheet.paste(image.resize(size_in_cell, Image.Resampling.LANCZOS), (x, y))
     return to_tensor(sheet)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from ..nested_core.errors import NestedAttentionError
 from ..nested_core.figures import picture_grid
 from .record import CATEGORY_SEE
 from .types import NestedGrid
+
+log = logging.getLogger(__name__)
 
 _MOST = 100  # pictures of a grid: a slip of the pen should not sample for a day
 
@@ -126,15 +129,36 @@ class NestedPictureGrid(io.ComfyNode):
     @classmethod
     def execute(cls, images: list[torch.Tensor], grid: list[Grid], cell: list[int]) -> io.NodeOutput:
         axes = grid[0]
-        expected = len(axes.across) * len(axes.down)
-        if len(images) != expected or len({len(image) for image in images}) > 1:
+        columns, rows = len(axes.across), len(axes.down)
+        if len(images) != columns * rows:
             raise NestedAttentionError(
-                f"A grid of {len(axes.across)} x {len(axes.down)} takes {expected} pictures, {len(images)} came. "
-                "Connect both across and down of this Grid Values to what makes the pictures, or set the one that is "
-                "not used to a single value."
+                f"A grid of {columns} x {rows} takes {columns * rows} pictures, {len(images)} came. Connect images to "
+                "what is made with the values of this Grid Values: its across or down must go to a knob that the "
+                "pictures depend on."
             )
+        if len({len(image) for image in images}) > 1:
+            raise NestedAttentionError(
+                f"The pictures come in batches of {', '.join(str(len(image)) for image in images)}; a grid needs the "
+                "same number of pictures from every pair of values."
+            )
+        _warn_of_a_loose_axis(images, axes)
         sheets = [
             picture_grid([image[i] for image in images], axes.across, axes.down, axes.titles, cell[0])
             for i in range(len(images[0]))
         ]
         return io.NodeOutput(torch.stack(sheets))
+
+
+def _warn_of_a_loose_axis(images: list[torch.Tensor], axes: Grid) -> None:
+    """Both lists are as long as the grid: with one of them connected the pictures are all there, and labelled wrong."""
+    columns = len(axes.across)
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+
+    def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    if len(set(axes.down)) > 1 and all(same(row, rows[0]) for row in rows):
+        log.warning("Picture Grid: all rows are the same. Is down of Grid Values connected to a knob?")
+    by_column = [list(column) for column in zip(*rows, strict=True)]
+    if len(set(axes.across)) > 1 and all(same(column, by_column[0]) for column in by_column):
+        log.warning("Picture Grid: all columns are the same. Is across of Grid Values connected to a knob?")

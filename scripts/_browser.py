@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,38 +23,47 @@ _READY = "() => window.app?.graph && window.LiteGraph && 'NestedApplySubject' in
 
 
 def chromium() -> str:
-    """The path of a Chromium, got if need be: from the system, else by its packages, else by playwright.
+    """The path of a Chromium: the system's, or playwright's own, which is downloaded where there is none.
 
-    Raises SetupError where none of them has one.
+    Raises SetupError where none can be had. Nothing is installed into the system but by root, as in a container.
     """
-    if found := next(filter(None, map(shutil.which, _NAMES)), None):
+    if found := _installed():
         return found
-    if own := _playwrights_own():
-        return own
-    say("installing Chromium for the tests in the frontend")
+    say("getting a Chromium for the tests in the frontend")
+    attempts = [[sys.executable, "-m", "playwright", "install", "chromium"]]
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get"):
+        attempts.insert(0, ["apt-get", "install", "-y", "--no-install-recommends", "chromium"])
     said = []
-    for command in (["apt-get", "install", "-y", "--no-install-recommends", "chromium"],
-                    ["sudo", "-n", "apt-get", "install", "-y", "--no-install-recommends", "chromium"],
-                    [sys.executable, "-m", "playwright", "install", "--with-deps", "chromium"]):  # fmt: skip
-        if not shutil.which(command[0]):
+    for command in attempts:
+        try:
+            ran = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=600
+            )
+        except subprocess.TimeoutExpired:
+            said.append(f"{' '.join(command)}: no end after ten minutes")
             continue
-        ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
-        said.append((ran.stdout + ran.stderr)[-600:])
-        if found := next(filter(None, map(shutil.which, _NAMES)), None) or _playwrights_own():
+        said.append(f"{' '.join(command)}: {(ran.stdout + ran.stderr)[-400:].strip()}")
+        if found := _installed():
             return found
     raise SetupError(
-        "The tests in ComfyUI's frontend need Chromium, and it could not be installed: install the package chromium, "
-        "or run python -m playwright install --with-deps chromium.\n" + "\n".join(said)
+        "The tests in ComfyUI's frontend need Chromium, and none could be had. Install your system's package chromium, "
+        "or run python -m playwright install --with-deps chromium in this environment.\n" + "\n".join(said)
     )
 
 
-def _playwrights_own() -> str | None:
-    """Chromium where playwright installs it."""
+def _installed() -> str | None:
+    """A Chromium that starts."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        path = playwright.chromium.executable_path
-    return path if Path(path).is_file() else None
+        own = playwright.chromium.executable_path
+    for path in (*map(shutil.which, _NAMES), own):
+        if path and Path(path).is_file():
+            # Ubuntu's chromium-browser may be a stub that only says what to install.
+            ran = subprocess.run([path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+            if ran.returncode == 0:
+                return path
+    return None
 
 
 @contextmanager
@@ -112,7 +122,7 @@ def queue(page: Page, server: Server, patience: float = 300.0) -> dict[str, Any]
     Raises SetupError with the host's message where the run was refused or failed.
     """
     before = set(server.request("/history"))
-    page.evaluate("async () => { app.lastNodeErrors = null; await app.queuePrompt(0, 1) }")
+    page.evaluate("async () => { await app.queuePrompt(0, 1) }")
     if refused := page.evaluate("() => app.lastNodeErrors"):
         told = [
             f"{node['class_type']}: {error['message']} {error['details']}"
@@ -120,6 +130,8 @@ def queue(page: Page, server: Server, patience: float = 300.0) -> dict[str, Any]
             for error in node["errors"]
         ]
         raise SetupError("The graph was refused. " + "; ".join(told))
+    if refused := page.evaluate("() => app.lastPromptError ?? null"):
+        raise SetupError(f"The graph was refused. {refused}")
     begun = time.monotonic()
     while time.monotonic() - begun < patience:
         server.check_alive("while a graph ran")

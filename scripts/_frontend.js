@@ -6,7 +6,7 @@ window.nested = {
     app.clean()
     graph.clear()
     const nodes = {}
-    const GAP = 34, TITLE = 30, PAD = 16, BETWEEN = 84
+    const GAP = 38, TITLE = 30, PAD = 16, BETWEEN = 84
 
     function make({ type, title, widgets, properties, color, bgcolor }) {
       const node = LiteGraph.createNode(type)
@@ -86,6 +86,11 @@ window.nested = {
     }
     const { node } = app.graph.convertToSubgraph(new Set(keys.map((key) => nodes[key])))
     node.title = node.subgraph.name = title
+    let number = 0
+    const photos = node.inputs.filter((input) => input.type === 'IMAGE')
+    for (const input of node.subgraph.inputs) {
+      if (input.type === 'IMAGE' && photos.length > 1) input.label = ['first image', 'second image'][number++]
+    }
     node.properties.proxyWidgets = widgets.map(([key, name]) => [String(nodes[key].id), name])
     for (const other of [...app.graph._nodes]) if (other !== node) app.graph.remove(other)
     for (const group of [...app.graph._groups]) app.graph.remove(group)
@@ -100,11 +105,11 @@ window.nested = {
     const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]))
     const right = Math.max(...boxes.map((b) => b[2])), bottom = Math.max(...boxes.map((b) => b[3]))
     const canvas = app.canvas.canvas.getBoundingClientRect()
-    const scale = Math.min((canvas.width - 130) / (right - left), (canvas.height - 150) / (bottom - top), 1)
+    const scale = Math.min((canvas.width - 130) / (right - left), (canvas.height - 200) / (bottom - top), 1)
     app.canvas.ds.scale = scale
-    app.canvas.ds.offset = [100 / scale - left, 110 / scale - top]
+    app.canvas.ds.offset = [100 / scale - left, 160 / scale - top]
     app.canvas.setDirty(true, true)
-    return [canvas.x + 100, canvas.y + 110, (right - left) * scale, (bottom - top) * scale]
+    return [canvas.x + 100, canvas.y + 160, (right - left) * scale, (bottom - top) * scale]
   },
 
   // Nodes of these titles or types, at full size and alone in view; the rectangle that they take of the page.

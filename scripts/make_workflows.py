@@ -1,7 +1,7 @@
 """Makes workflows/: every template in the frontend's own format, its twin for scripts (workflows/api), its preview.
 
     python scripts/make_workflows.py                          all of them
-    python scripts/make_workflows.py two_subjects inpaint     these
+    python scripts/make_workflows.py two_subjects blueprints  these
 
 A template is written down here as columns of nodes; the host's frontend, in a browser, lays it out and saves it. The
 preview is what it makes with the small world's models, run from the same page. Blueprints (subgraphs/) are made of the
@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import tomllib
 
 import _setup
 from _setup import REPO, STATE, Server, say
@@ -27,7 +26,7 @@ from _setup import REPO, STATE, Server, say
 WORKFLOWS = REPO / "workflows"
 BLUEPRINTS = REPO / "subgraphs"
 PICTURES = REPO / "docs" / "images" / "workflows"
-PACK = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]
+VERSION = re.search(r'^version = "(.+)"', (REPO / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
 _HUB = "https://huggingface.co"
 
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
@@ -100,7 +99,7 @@ class Template:
         """Adds a node. inputs: name=(key of a node, name of its output); "a__b" stands for "a.b"."""
         properties: dict[str, Any] = {}
         if kind.startswith("Nested"):
-            properties = {"cnr_id": PACK["name"], "ver": PACK["version"]}
+            properties = {"cnr_id": _setup.PACK, "ver": VERSION[1] if VERSION else ""}
             colours = colours or _OURS
         files = [value for value in (widgets or {}).values() if value in MODELS]
         if files:
@@ -296,7 +295,7 @@ def several_views(t: Template) -> None:
     t.group("One subject")
     views: dict[str, Any] = {f"subjects__subject_{n}": (f"view{n}", "subject") for n in (1, 2, 3)}
     t.node(
-        "subject", "NestedMergeSubjects", widgets={"weights": "1, 1, 1"},
+        "subject", "NestedMergeSubjects", widgets={"weights": ""},
         **views,
     )  # fmt: skip
     t.apply("apply", ("subject", "subject"), MODEL, CLIP)
@@ -314,8 +313,9 @@ def several_views(t: Template) -> None:
     t.note(
         "How to use this",
         "1. **Photos of the same subject**: front, side, another day. What one photo hides, another shows.\n"
-        "2. **weights** in Merge Subjects: the order is that of the inputs. 0 leaves a view out; 2 counts it twice.\n"
-        "3. Fewer views: remove a link. More: connect to the free input that appears.\n\n"
+        "2. **weights** in Merge Subjects: empty, all count the same. 1, 0.5, 2: one number each, in the order of "
+        "the inputs; 0 leaves a view out.\n"
+        "3. Two views: remove a link. More: connect to the free input that appears.\n\n"
         "All views share one placeholder and one class word.",
         600,
     )  # fmt: skip
@@ -501,7 +501,7 @@ def controlnet_and_lora(t: Template) -> None:
         "- **The face follows the outlines, not your subject**: *end_percent* of Apply ControlNet down to 0.4, or its "
         "*strength*.\n"
         "- **The LoRA paints over the subject**: its strength down, or *strength* of Apply Subject up to 1.3.\n"
-        "- Any SDXL ControlNet and LoRA will do; choose yours in the loaders.",
+        "- Any SDXL LoRA will do, and any SDXL ControlNet for outlines (Canny).",
         520,
     )  # fmt: skip
     t.files_note()
@@ -666,8 +666,8 @@ def strength_identity_grid(t: Template) -> None:
     )  # fmt: skip
     t.note(
         "Other knobs",
-        "Drag *across* or *down* onto any other number: *start_percent*, *focus*, *cfg*, a LoRA's strength. Change the "
-        "titles in **Grid Values** with it.",
+        "Drag *across* or *down* onto any other knob with decimals: *start_percent*, *focus*, *cfg*, a LoRA's "
+        "strength. Change the titles in **Grid Values** with it.",
         420,
     )  # fmt: skip
     t.files_note()
@@ -782,8 +782,8 @@ def _clean(graph: dict[str, Any], name: str) -> dict[str, Any]:
             node.pop("showAdvanced", None)
             node["pos"], node["size"] = ([round(n) for n in node[key]] for key in ("pos", "size"))
     kept = dict(graph)
-    kept["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK['name']}/{name}"))
-    kept["extra"] = {"frontendVersion": graph.get("extra", {}).get("frontendVersion", "")}
+    kept["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{_setup.PACK}/{name}"))
+    kept["extra"] = {}
     return kept
 
 
@@ -813,6 +813,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", help=f"default: all of them; {', '.join(TEMPLATES)}, blueprints")
     arguments = parser.parse_args()
+    names = arguments.names or [*TEMPLATES, "blueprints"]
+    if unknown := [name for name in names if name not in {*TEMPLATES, "blueprints"}]:
+        parser.error(f"there is no {', '.join(unknown)}: choose from {', '.join(TEMPLATES)}, blueprints")
+    if "reuse_subject" in names:  # it loads what the other saves
+        names = ["save_subject", *(name for name in names if name != "save_subject")]
     host = _setup.prepared_host()
 
     from _browser import browser, frontend, load, queue, shoot
@@ -822,18 +827,17 @@ def main() -> int:
     work = STATE / "frontend"
     packs = small_world.link_packs(host)
     small_world.provide_models(STATE / "models")
+    shutil.rmtree(work / "output" / "nested_subjects", ignore_errors=True)  # perhaps of another encoder
     for folder in (WORKFLOWS / "api", PICTURES):
         folder.mkdir(parents=True, exist_ok=True)
     with Server(host, work, models=STATE / "models", only=packs) as server, browser() as chromium:
         page = frontend(chromium, server, 2600, 1300)
-        names = arguments.names or [*TEMPLATES, "blueprints"]
         if "blueprints" in names:
-            names.remove("blueprints")
             BLUEPRINTS.mkdir(exist_ok=True)
             for title in ENCLOSED:
                 _write(BLUEPRINTS / f"{title}.json", enclosed(page, title))
                 say(f"{title}: a blueprint")
-        for name in names:
+        for name in (name for name in names if name in TEMPLATES):
             template = Template(name)
             TEMPLATES[name](template)
             graph, prompt = made(page, template)

@@ -178,6 +178,7 @@ def main() -> int:
                 page.screenshot(path=FRONTEND / "templates.jpg", type="jpeg", quality=80)
                 page.keyboard.press("Escape")
                 load(page, first, "first_portrait")
+                page.evaluate("() => { app.canvas.ds.scale = 0.75; app.canvas.ds.offset = [110, 370] }")
                 page.get_by_text("View details").click()
                 page.wait_for_timeout(1500)
                 page.screenshot(path=FRONTEND / "missing_models.jpg", type="jpeg", quality=80)

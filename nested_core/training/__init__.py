@@ -23,7 +23,7 @@ try:
     from .export import load_trained
     from .loop import train
 except ModuleNotFoundError as error:
-    if (error.name or "").startswith(__name__.split(".")[0]):
+    if error.name is None or error.name.startswith(__name__.split(".")[0]):
         raise
     raise ModuleNotFoundError(
         f"Training an encoder needs {error.name}, which is not installed: pip install -r requirements-training.txt. "

@@ -17,8 +17,8 @@ def laid_out(pack, images, grid, cell=64):
 
 
 def plain(colour, batch=1, height=8, width=8):
-    """Pictures (batch, height, width, 3) of one colour."""
-    return torch.tensor(colour).float().expand(batch, height, width, 3)
+    """Pictures (batch, height, width, channels) of one colour."""
+    return torch.tensor(colour).float().expand(batch, height, width, len(colour))
 
 
 def test_every_pair_comes_once_row_by_row(pack):
@@ -77,7 +77,35 @@ def test_pictures_keep_their_shape(pack):
     assert (int(rows.amax() - rows.amin()) + 1, int(columns.amax() - columns.amin()) + 1) == (64, 32)
 
 
-def test_pictures_that_do_not_fill_the_grid_are_refused(pack):
+def test_pictures_of_other_sizes_and_channels_are_laid_out(pack):
+    _, _, grid = values(pack, across="0, 1, 2", down="1")
+    thin = plain((0, 1, 0), height=400, width=1)
+    sheet = laid_out(pack, [plain((1, 0, 0, 0.5)), thin, plain((0, 0, 1), height=4, width=8)], grid)
+    assert sheet.shape[-1] == 3 and sheet.isfinite().all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_pictures_that_do_not_fill_the_grid_are_refused(pack, count):
     _, _, grid = values(pack, across="0, 1", down="1, 2")
-    with pytest.raises(pack.errors.NestedAttentionError, match="A grid of 2 x 2 takes 4 pictures, 2 came"):
-        laid_out(pack, [plain((1, 0, 0))] * 2, grid)
+    with pytest.raises(pack.errors.NestedAttentionError, match=f"A grid of 2 x 2 takes 4 pictures, {count} came"):
+        laid_out(pack, [plain((1, 0, 0))] * count, grid)
+
+
+def test_batches_of_unequal_length_are_refused(pack):
+    _, _, grid = values(pack, across="0, 1", down="1")
+    with pytest.raises(pack.errors.NestedAttentionError, match="batches of 1, 2"):
+        laid_out(pack, [plain((1, 0, 0)), plain((1, 0, 0), batch=2)], grid)
+
+
+@pytest.mark.parametrize(
+    "colours, said",
+    [("rgrg", "all rows are the same"), ("rrgg", "all columns are the same"), ("rggb", None)],
+)  # fmt: skip
+def test_an_output_that_is_not_connected_is_noticed(pack, caplog, colours, said):
+    """Both lists have a number for each picture, so one of them alone makes as many pictures, labelled wrong."""
+    known = {"r": (1, 0, 0), "g": (0, 1, 0), "b": (0, 0, 1)}
+    _, _, grid = values(pack, across="0, 1", down="1, 2")
+    laid_out(pack, [plain(known[colour]) for colour in colours], grid)
+    warnings = [record.message for record in caplog.records if "Picture Grid" in record.message]
+    assert len(warnings) == (said is not None)
+    assert said is None or said in warnings[0]

@@ -25,6 +25,9 @@ import small_world
 HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
 REPO = Path(__file__).resolve().parents[2]
 PACK = "comfyui-nested-attention"
+pytestmark = pytest.mark.skipif(
+    _setup.version_of(HOST) != _setup.NEWEST, reason="ComfyUI Manager and the frontend are those of the newest ComfyUI"
+)
 COMFY_CLI = "comfy-cli==1.23.0"
 EXTRAS = ("accelerate", "diffusers", "jsonargparse", "matplotlib", "peft", "skimage", "webdataset")
 
@@ -82,7 +85,9 @@ def comfy():
         command = [str(folder / "comfy"), "--skip-prompt", *arguments]
         # It looks for its companions (ruff) on the path, and sends no figures from here.
         path = os.pathsep.join([str(folder), os.environ["PATH"]])
-        environment = {**os.environ, "PATH": path, "DO_NOT_TRACK": "1", "COMFY_NO_TELEMETRY": "1"}
+        environment = {**os.environ, "PATH": path, "DO_NOT_TRACK": "1"}
+        # Its settings lie in the user's folder: not in that of whoever runs the tests.
+        environment |= dict.fromkeys(("HOME", "USERPROFILE", "APPDATA", "LOCALAPPDATA", "XDG_CONFIG_HOME"), str(home))
         ran = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8")
         assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran.stdout + ran.stderr
@@ -184,7 +189,7 @@ def test_comfyui_manager_installs_and_updates_it(source, published, tmp_path):
     (settings / "config.ini").write_text("[default]\nallow_git_url_install = true\nnetwork_mode = offline\n", "utf-8")
     (base / "custom_nodes").mkdir(parents=True)
     installed = base / "custom_nodes" / PACK
-    options = ["--base-directory", str(base), "--enable-manager-legacy-ui"]
+    options = ["--base-directory", str(base), "--enable-manager", "--enable-manager-legacy-ui"]
 
     with _setup.Server(HOST, work, only=None, options=options) as server:
         request = urllib.request.Request(f"{server.url}/v2/customnode/install/git_url", address.encode())
