@@ -37,7 +37,7 @@ SHOWN: dict[str, tuple[str, list[str]]] = {
     "NestedGridValues": ("strength_identity_grid", ["Grid Values", "Apply Subject (Advanced)"]),
     "NestedApplySubjectAdvanced": ("strength_identity_grid", ["Apply Subject (Advanced)"]),
     "NestedPictureGrid": ("strength_identity_grid", ["Picture Grid", "Save Image"]),
-    "NestedCropSubject": ("crop", ["Crop Subject", "What was cut out", "Photo of your subject"]),
+    "NestedCropSubject": ("crop", ["Crop Subject", "What was cut out", "Picture, with the place painted as its mask"]),
     "NestedAdjustSubject": ("adjust", ["Apply Subject", "Adjust Subject"]),
     "NestedShowBinding": ("binding", ["Prompt with <person>", "Show Binding"]),
 }
@@ -56,9 +56,9 @@ def encode(t: Template) -> None:
 
 def crop(t: Template) -> None:
     t.column(300)
-    t.photo("photo", "Photo of your subject")
+    t.photo("photo", "Picture, with the place painted as its mask")
     t.column(300)
-    t.node("crop", "NestedCropSubject", image=("photo", "IMAGE"), widgets={"margin": 0.1})
+    t.node("crop", "NestedCropSubject", image=("photo", "IMAGE"), mask=("photo", "MASK"), widgets={"margin": 0.1})
     t.column(260)
     t.node("cropped", "PreviewImage", "What was cut out", height=290, images=("crop", "image"))
 
