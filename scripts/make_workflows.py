@@ -170,6 +170,22 @@ class Template:
         prefix = f"nested_attention/{self.name}"
         self.node("save", "SaveImage", title, height=height, widgets={"filename_prefix": prefix}, images=image)
 
+    def picture(
+        self, model: Link, clip: Link, text: str, title: str, width: int, prompt_group: str, picture_group: str
+    ) -> None:
+        """The last three columns of most graphs: the prompt (so wide), the sampler, the saved picture."""
+        self.column(width)
+        self.group(prompt_group)
+        self.prompts(clip, text, title)
+        self.size()
+        self.column(300)
+        self.group("Sample")
+        self.sampler(model)
+        self.decode()
+        self.column(400)
+        self.group(picture_group)
+        self.save(height=440)
+
     def files_note(self) -> None:
         """The note that says which files the graph loads, with links."""
         loaded = {value for c in self.columns for item in c["items"] for value in item.get("widgets", {}).values()
@@ -199,17 +215,10 @@ def first_portrait(t: Template) -> None:
     t.encode("subject", ("photo", "IMAGE"), "<person>", "person")
     t.apply("apply", ("subject", "subject"), MODEL, CLIP)
     t.node("seen", "PreviewImage", "What the encoder sees", height=290, images=("subject", "seen"))
-    t.column(330)
-    t.group("2. Your prompt")
-    t.prompts(("apply", "clip"), "a photo of <person> in a garden, soft light", "Prompt with <person>")
-    t.size()
-    t.column(300)
-    t.group("Sample")
-    t.sampler(("apply", "model"))
-    t.decode()
-    t.column(400)
-    t.group("3. Your picture")
-    t.save(height=440)
+    t.picture(
+        ("apply", "model"), ("apply", "clip"), "a photo of <person> in a garden, soft light",
+        "Prompt with <person>", 330, "2. Your prompt", "3. Your picture",
+    )  # fmt: skip
     t.note(
         "How to use this",
         "1. **Load a photo of your subject**: one face (or one thing), large and clear.\n"
@@ -246,20 +255,11 @@ def two_subjects(t: Template) -> None:
     t.group("One after the other")
     t.apply("apply_anna", ("anna", "subject"), MODEL, CLIP, "Apply <anna>")
     t.apply("apply_ben", ("ben", "subject"), ("apply_anna", "model"), ("apply_anna", "clip"), "Apply <ben>")
-    t.column(350)
-    t.group("2. A prompt with both words")
-    t.prompts(
-        ("apply_ben", "clip"), "a photo of <anna> on the left and <ben> on the right, in a garden, soft light",
-        "Prompt with <anna> and <ben>",
+    t.picture(
+        ("apply_ben", "model"), ("apply_ben", "clip"),
+        "a photo of <anna> on the left and <ben> on the right, in a garden, soft light",
+        "Prompt with <anna> and <ben>", 350, "2. A prompt with both words", "3. The picture",
     )  # fmt: skip
-    t.size()
-    t.column(300)
-    t.group("Sample")
-    t.sampler(("apply_ben", "model"))
-    t.decode()
-    t.column(400)
-    t.group("3. The picture")
-    t.save(height=440)
     t.note(
         "How to use this",
         "1. **A photo of each**. Each **Encode Subject** has its own word: <anna>, <ben>.\n"
@@ -299,17 +299,10 @@ def several_views(t: Template) -> None:
         **views,
     )  # fmt: skip
     t.apply("apply", ("subject", "subject"), MODEL, CLIP)
-    t.column(330)
-    t.group("2. Your prompt")
-    t.prompts(("apply", "clip"), "a photo of <person> reading in a library", "Prompt with <person>")
-    t.size()
-    t.column(300)
-    t.group("Sample")
-    t.sampler(("apply", "model"))
-    t.decode()
-    t.column(400)
-    t.group("3. Your picture")
-    t.save(height=440)
+    t.picture(
+        ("apply", "model"), ("apply", "clip"), "a photo of <person> reading in a library",
+        "Prompt with <person>", 330, "2. Your prompt", "3. Your picture",
+    )  # fmt: skip
     t.note(
         "How to use this",
         "1. **Photos of the same subject**: front, side, another day. What one photo hides, another shows.\n"
@@ -420,20 +413,11 @@ def regional_masks(t: Template) -> None:
         mask=("right_soft", "MASK"),
     )  # fmt: skip
     t.node("separate", "NestedSeparateSubjects", model=("apply_ben", "model"))
-    t.column(350)
-    t.group("3. A prompt with both words")
-    t.prompts(
-        ("apply_ben", "clip"), "a photo of <anna> on the left and <ben> on the right, on a bench in a park",
-        "Prompt with <anna> and <ben>",
+    t.picture(
+        ("separate", "model"), ("apply_ben", "clip"),
+        "a photo of <anna> on the left and <ben> on the right, on a bench in a park",
+        "Prompt with <anna> and <ben>", 350, "3. A prompt with both words", "4. The picture",
     )  # fmt: skip
-    t.size()
-    t.column(300)
-    t.group("Sample")
-    t.sampler(("separate", "model"))
-    t.decode()
-    t.column(400)
-    t.group("4. The picture")
-    t.save(height=440)
     t.note(
         "How to use this",
         "1. **A photo of each**, each with a word of its own.\n"
