@@ -32,7 +32,7 @@ def chromium() -> str:
     say("getting a Chromium for the tests in the frontend")
     attempts = [[sys.executable, "-m", "playwright", "install", "chromium"]]
     if hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get"):
-        attempts.insert(0, ["apt-get", "install", "-y", "--no-install-recommends", "chromium"])
+        attempts[:0] = [["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]]
     said = []
     for command in attempts:
         try:

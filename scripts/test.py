@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import _setup
 import compatibility
-from _setup import HOSTS, NEWEST, REPO, STATE, SetupError, say
+from _setup import HOSTS, NEWEST, OLDEST, REPO, STATE, SetupError, say
 
 NOTHING_COLLECTED = 5  # pytest's exit code
 # Long, and not about the host's version: these run in the newest ComfyUI alone, unless they are asked for.
@@ -28,6 +28,8 @@ ONCE = [
     f"tests/host/test_{name}.py"
     for name in ("frontend", "fuzz", "installs", "parity", "shipped_world", "small_world", "training")
 ]
+# With models of full size: in the newest and the oldest ComfyUI, not in those between.
+AT_BOTH_ENDS = ["tests/host/test_server.py"]
 PACKAGE = STATE / "nested_attention_pack"
 
 
@@ -69,20 +71,13 @@ def main() -> int:
             command = [*python, "pytest", *chosen, *options]
             environment = {"COMFYUI_PATH": str(host)}
             if not extra:
-                command += [f"--ignore={path}" for path in ONCE]
+                between = not own and version not in (NEWEST, OLDEST)
+                command += [f"--ignore={path}" for path in [*ONCE, *(AT_BOTH_ENDS if between else [])]]
             if not extra and not own:
                 environment["NESTED_ATTENTION_COMPATIBILITY"] = str(compatibility.results_file(version))
             stages[f"host tests, ComfyUI {version}"] = (command, environment)
             if not extra and (own or version == NEWEST):
                 stages[f"once, ComfyUI {version}"] = ([*python, "pytest", *ONCE], {"COMFYUI_PATH": str(host)})
-
-    if any("tests/host/test_frontend.py" in command for command, _ in stages.values()):
-        import _browser
-
-        try:
-            say(f"the tests in the frontend run in {_browser.chromium()}")
-        except SetupError as error:
-            say(str(error))  # those tests fail; all others tell what they have to tell
 
     try:
         results = _run(stages)

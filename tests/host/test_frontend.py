@@ -29,6 +29,13 @@ def workflow(name):
     return json.loads((REPO / "workflows" / f"{name}.json").read_text("utf-8"))
 
 
+def in_a_few_steps(graph):
+    for node in graph["nodes"]:
+        if node["type"] == "KSampler":
+            node["widgets_values"][2] = 6
+    return graph
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     work, models = tmp_path_factory.mktemp("frontend"), tmp_path_factory.mktemp("models")
@@ -107,7 +114,7 @@ def test_a_workflow_opens_runs_and_stays_as_it_was(page, server, name):
     page.evaluate("async () => { await app.loadGraphData(app.graph.serialize()) }")
     assert content(page) == content(page, shared), "saved, opened and saved again"
 
-    here = small_world.with_models(shared, server.input)
+    here = in_a_few_steps(small_world.with_models(shared, server.input))
     _browser.load(page, here, name)
     assert in_error(page) == []
     entry = _browser.queue(page, server)
@@ -210,7 +217,7 @@ def test_controlnet_and_lora_change_the_picture(page, server):
     """So does each of them alone; and the host finds a place for every weight of theirs."""
 
     def made(controlled, styled):
-        graph = small_world.with_models(workflow("controlnet_and_lora"), server.input)
+        graph = in_a_few_steps(small_world.with_models(workflow("controlnet_and_lora"), server.input))
         for node in graph["nodes"]:
             if node["type"] == "ControlNetApplyAdvanced":
                 node["widgets_values"][0] = float(controlled)
@@ -228,7 +235,7 @@ def test_controlnet_and_lora_change_the_picture(page, server):
 
 def test_words_in_angle_brackets_are_shown(page, server):
     """The frontend takes a node's text for HTML."""
-    graph = small_world.with_models(workflow("first_portrait"), server.input)
+    graph = in_a_few_steps(small_world.with_models(workflow("first_portrait"), server.input))
     _browser.load(page, graph, "binding")
     page.evaluate(
         """() => {
