@@ -8,7 +8,9 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 
 from ..nested_core.errors import NestedAttentionError
-from ..nested_core.hosts.comfy import Application, adjust_subjects, unet_layers_of
+from ..nested_core.hosts.comfy.apply import adjust_subjects
+from ..nested_core.hosts.comfy.unet import unet_layers_of
+from ..nested_core.hosts.comfy.values import Application
 from ..nested_core.layer_weights import parse_layer_weights
 from ..nested_core.schedule import SCHEDULES, parse_schedule
 from .apply import check_window

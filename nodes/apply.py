@@ -10,9 +10,11 @@ from comfy_api.v0_0_2 import io
 
 from ..nested_core.attention import VALUE_NORMS, ValueNorm
 from ..nested_core.errors import NestedAttentionError
-from ..nested_core.hosts.comfy import Application, HostSubject, apply_subject, unet_layers_of
-from ..nested_core.hosts.comfy_prompt import Placeholder
+from ..nested_core.hosts.comfy.apply import apply_subject
+from ..nested_core.hosts.comfy.unet import unet_layers_of
+from ..nested_core.hosts.comfy.values import Application, HostSubject
 from ..nested_core.layer_weights import parse_layer_weights
+from ..nested_core.prompt import Placeholder
 from .types import CATEGORY, NestedSubject
 
 _ENCODERS_OWN = "encoder's own"

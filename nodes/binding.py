@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..nested_core.hosts.comfy_prompt import describe_binding
+from ..nested_core.hosts.comfy.prompt import describe_binding
 from .record import CATEGORY_SEE
 from .show import show_text
 

@@ -8,7 +8,8 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..nested_core.errors import NestedAttentionError
-from ..nested_core.hosts.comfy import HostEncoder, HostSubject, View, encode_tokens
+from ..nested_core.hosts.comfy.unet import encode_tokens, vision_features
+from ..nested_core.hosts.comfy.values import HostEncoder, HostSubject, View
 from ..nested_core.images import content_hash, prepare
 from ..nested_core.subject import Subject, merge_subjects, validate_class_word, validate_placeholder
 from .types import CATEGORY, NestedEncoder, NestedSubject
@@ -21,33 +22,6 @@ CLASS_WORD_TOOLTIP = (
     'What the subject is, in plain English: person, woman, dog, "golden retriever". The text encoder reads this '
     "instead of the placeholder. Write a kind of thing, not a name. Not used with a plain-word placeholder."
 )
-
-# How the encoder's choice of vision features is called in the host's output of the tower.
-_FEATURES = {
-    "penultimate": "penultimate_hidden_states",
-    "last": "last_hidden_state",
-    "pooled": "image_embeds",
-}
-
-_TOWERS = "width 1280 is CLIP ViT-H/14 (the one that IP-Adapter uses), 1024 is CLIP ViT-L/14"
-_POOLED_TOWERS = "width 1024 is CLIP ViT-H/14 (the one that IP-Adapter uses), 768 is CLIP ViT-L/14"
-
-
-def vision_features(encoder: HostEncoder, clip_vision: Any, images: torch.Tensor) -> torch.Tensor:
-    """What the encoder reads of square images (B, S, S, 3): (B, T, E) tokens or the pooled (B, E).
-
-    Raises NestedAttentionError when the tower's features are not as wide as the encoder expects.
-    """
-    features = clip_vision.encode_image(images, crop=False)[_FEATURES[encoder.config.image_features]]
-    expected, got = encoder.config.feature_dim, features.shape[-1]
-    if got != expected:
-        pooled = encoder.config.image_features == "pooled"
-        raise NestedAttentionError(
-            f"The encoder {encoder.name} reads {'pooled embeddings' if pooled else 'vision features'} of width "
-            f"{expected}, this CLIP vision model gives {got}. Load the vision model that the encoder was trained "
-            f"with: {_POOLED_TOWERS if pooled else _TOWERS}."
-        )
-    return features
 
 
 class NestedEncodeSubject(io.ComfyNode):

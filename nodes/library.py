@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.v0_0_2 import io
 
 from ..nested_core.errors import NestedAttentionError
-from ..nested_core.hosts.comfy import HostEncoder, HostSubject
+from ..nested_core.hosts.comfy.values import HostEncoder, HostSubject
 from ..nested_core.subject import load_subject, save_subject
 from .encode import CLASS_WORD_TOOLTIP, PLACEHOLDER_TOOLTIP
 from .folders import SUBJECTS, check_choice, content_marker, find, subjects_output

@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 
 from ..nested_core.attention import VALUE_NORMS
 from ..nested_core.encoder import POOLED
-from ..nested_core.hosts.comfy import load_host_encoder
+from ..nested_core.hosts.comfy.unet import load_host_encoder
 from .folders import ENCODERS, check_choice, content_marker, find
 from .types import CATEGORY, NestedEncoder
 

@@ -9,8 +9,8 @@ from comfy_api.v0_0_2 import io
 
 from ..nested_core.errors import NestedAttentionError
 from ..nested_core.figures import explain, overlay
-from ..nested_core.hosts.comfy import record_attention
-from ..nested_core.hosts.comfy_recording import RecordedRun, Recording, heats_of, look_into
+from ..nested_core.hosts.comfy.apply import record_attention
+from ..nested_core.hosts.comfy.recording import RecordedRun, Recording, heats_of, look_into
 from ..nested_core.layer_weights import parse_layer_weights
 from ..nested_core.maps import masks, relative
 from .apply import check_window

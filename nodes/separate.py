@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..nested_core.hosts.comfy import separate_subjects
-from ..nested_core.hosts.comfy_regions import Separation
+from ..nested_core.hosts.comfy.apply import separate_subjects
+from ..nested_core.hosts.comfy.values import Separation
 from .apply import check_window
 from .types import CATEGORY
 

@@ -73,9 +73,16 @@ def load_pack() -> SimpleNamespace:
     return SimpleNamespace(
         nodes={k: v for k, v in host_nodes.NODE_CLASS_MAPPINGS.items() if k.startswith("Nested")},
         host_nodes=host_nodes.NODE_CLASS_MAPPINGS,
-        comfy=module("nested_core.hosts.comfy"),
-        prompt=module("nested_core.hosts.comfy_prompt"),
-        recording=module("nested_core.hosts.comfy_recording"),
+        layer=module("nested_core.hosts.comfy.layer"),
+        apart=module("nested_core.hosts.comfy.apart"),
+        store=module("nested_core.hosts.comfy.store"),
+        unet=module("nested_core.hosts.comfy.unet"),
+        values=module("nested_core.hosts.comfy.values"),
+        apply=module("nested_core.hosts.comfy.apply"),
+        run=module("nested_core.hosts.comfy.run"),
+        text=module("nested_core.hosts.comfy.text"),
+        prompt=module("nested_core.hosts.comfy.prompt"),
+        recording=module("nested_core.hosts.comfy.recording"),
         attention=module("nested_core.attention"),
         encoder=module("nested_core.encoder"),
         subject=module("nested_core.subject"),
@@ -209,7 +216,7 @@ def make_encoder(
     patcher = comfy.model_patcher.CoreModelPatcher(
         module, comfy.model_management.get_torch_device(), torch.device("cpu")
     )
-    return pack.comfy.HostEncoder(patcher, config, f"{family}.test")
+    return pack.values.HostEncoder(patcher, config, f"{family}.test")
 
 
 def _as_a_graph(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -241,7 +248,7 @@ class Studio:
         self.pack, self.family, self.clip_vision, self.photo = pack, family, clip_vision, photo
         self.channels, self.tapered = channels, tapered
         self.model, self.clip = make_model(family, channels, weights, tapered=tapered), make_clip(family)
-        self.widths = tuple(layer.width for layer in pack.comfy.unet_layers_of(self.model)[1])
+        self.widths = tuple(layer.width for layer in pack.unet.unet_layers_of(self.model)[1])
         self.encoder = self.make_encoder()
 
     def make_model(self, weights: torch.dtype | None = None, compute: torch.dtype | None = None) -> Any:

@@ -286,7 +286,7 @@ class Bench:
         device = encoder.patcher.load_device
         (place,) = bound.positive[0][1]["nested_attention"]["places"][NAMES[0]]
         model = self.studio.model.clone()
-        family, layers = self.studio.pack.comfy.unet_layers_of(model)
+        family, layers = self.studio.pack.unet.unet_layers_of(model)
         for layer in layers:
             dtype = next(encoder.module.parameters()).dtype
             key, value = encoder.module.keys_values(subject.tokens.to(device, dtype), layer.index)

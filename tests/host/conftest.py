@@ -112,12 +112,12 @@ def node(pack):
 def fired(pack, monkeypatch):
     """One entry per layer call in which subjects act: q's and k's shape, the terms, and what they added."""
     calls = []
-    original = pack.comfy.nested_delta
+    original = pack.layer.nested_delta
 
     def spy(q, k, v, heads, terms, attend, into, one_hot, observe):
         delta = original(q, k, v, heads, terms, attend, one_hot=one_hot)
         calls.append(SimpleNamespace(q=q.shape, k=k.shape, terms=terms, delta=delta))
         return original(q, k, v, heads, terms, attend, into, one_hot, observe)
 
-    monkeypatch.setattr(pack.comfy, "nested_delta", spy)
+    monkeypatch.setattr(pack.layer, "nested_delta", spy)
     return calls

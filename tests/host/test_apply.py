@@ -186,13 +186,13 @@ def test_separation_keeps_each_where_it_is_looked_at_more(pack, sdxl, fired):
 def test_nothing_is_kept_after_a_run(pack, scene, monkeypatch, sdxl):
     model, _, positive, negative = scene
     runs = []
-    original = pack.comfy._Run.load
+    original = pack.store.Store._load
 
-    def load(self):
+    def load(self, *args):
         runs.append(weakref.ref(self))
-        original(self)
+        original(self, *args)
 
-    monkeypatch.setattr(pack.comfy._Run, "load", load)
+    monkeypatch.setattr(pack.store.Store, "_load", load)
     sdxl.sample(model, positive, negative)
     gc.collect()
     assert runs and runs[0]() is None
@@ -211,7 +211,7 @@ def test_a_failed_run_leaves_nothing_behind(pack, scene, sdxl):
     with pytest.raises(RuntimeError, match="in the middle"):
         sdxl.sample(broken, positive, negative)
     gc.collect()
-    assert not [o for o in gc.get_objects() if type(o) is pack.comfy._Run]
+    assert not [o for o in gc.get_objects() if type(o) is pack.store.Store]
     assert torch.equal(sdxl.sample(model, positive, negative), before)
 
 
@@ -292,7 +292,7 @@ def test_an_interrupted_run_leaves_nothing_behind(pack, scene, sdxl):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sdxl.sample(model, positive, negative)
     gc.collect()
-    assert not [o for o in gc.get_objects() if type(o) is pack.comfy._Run]
+    assert not [o for o in gc.get_objects() if type(o) is pack.store.Store]
     assert torch.equal(sdxl.sample(model, positive, negative), before)
 
 

@@ -377,7 +377,7 @@ def test_gligen(node, studio, fired):
         "position_net.linears.4.weight": (768, 512),
     }
     shapes |= {f"position_net.linears.{i}.bias": (n,) for i, n in ((0, 512), (2, 512), (4, 768))}
-    for layer in studio.pack.comfy.unet_layers_of(studio.model)[1]:
+    for layer in studio.pack.unet.unet_layers_of(studio.model)[1]:
         kind, number, _ = layer.block
         stem = "middle_block.1" if kind == "middle" else f"{kind}_blocks.{number}.1"
         fuser = comfy.gligen.GatedSelfAttentionDense(layer.width, 768, 8, layer.width // 8)

@@ -26,13 +26,13 @@ def separate(pack):
 def biases(pack, monkeypatch):
     """The bias of every self-attention that is bounded, in order."""
     seen = []
-    original = pack.comfy.scaled_dot_product
+    original = pack.apart.scaled_dot_product
 
     def spy(q, k, v, heads, mask=None):
         seen.append(mask)
         return original(q, k, v, heads, mask)
 
-    monkeypatch.setattr(pack.comfy, "scaled_dot_product", spy)
+    monkeypatch.setattr(pack.apart, "scaled_dot_product", spy)
     return seen
 
 

@@ -400,7 +400,7 @@ def test_encoder_files_of_the_family_open_in_the_loader(encoders):
 
 
 def test_a_subject_acts_in_all_seven_layers(pack, world, encoders, pictures, fired):
-    family, layers = pack.comfy.unet_layers_of(world.model)
+    family, layers = pack.unet.unet_layers_of(world.model)
     assert family.name == "small_world" and len(layers) == 7
     model, clip = apply(pack, world.model, world.clip, subject_of(pack, world, encoders, 0, pictures))
     sample(pack, model, encode(pack, clip, ONE), encode(pack, clip, "blurry"), steps=1)

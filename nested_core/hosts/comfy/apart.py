@@ -7,27 +7,22 @@ at, averaged over the layers of the steps before. So the first step is the plain
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from threading import Lock
+from typing import Any
 
 import comfy.utils
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..regions import memberships, separating_bias
+from ...attention import scaled_dot_product
+from ...errors import NestedAttentionError
+from ...regions import memberships, separating_bias
+from .rows import Group
+from .store import Store
 
 #: How much of what is known of the regions a step leaves as it was.
 _MEMORY = 0.5
-
-
-@dataclass(frozen=True)
-class Separation:
-    """How far the subjects of a model are kept apart: σ, within a window in percent of the noise schedule (0 to 1)."""
-
-    strength: float
-    start: float
-    end: float
 
 
 class Regions:
@@ -82,3 +77,51 @@ class Regions:
         maps = torch.cat([self.known[i] for i in subjects], 1)[:, :, y : y + h, x : x + w].to(device)
         part = F.interpolate(maps, size=shape, mode="area" if h > shape[0] else "bilinear")
         return separating_bias(memberships(part.flatten(2)), strength)
+
+
+def cannot_separate(what: str) -> NestedAttentionError:
+    """The error for a run in which nobody can know where subjects are, because another node does `what`."""
+    return NestedAttentionError(
+        f"Separate Subjects can't tell where the subjects are: another node {what}. Take one of the two nodes out, or "
+        "give the subjects masks in Apply Subject and leave Separate Subjects out."
+    )
+
+
+class BoundedSelfAttention:
+    """attn1 replacement of all layers in one call of the model: subjects do not look at each other."""
+
+    def __init__(
+        self, regions: Regions, strength: float, subjects: tuple[int, ...], groups: Sequence[Group], store: Store
+    ) -> None:
+        """groups: the rows of the call. Raises NestedAttentionError where they show no known part of the picture."""
+        if any(group.tile or group.image is None for group in groups):
+            raise cannot_separate("samples the picture in tiles")
+        self.regions, self.strength, self.subjects, self.store = regions, strength, subjects, store
+        self.groups = groups
+        self.called = False
+        self._made: dict[Any, Tensor] = {}
+
+    def _bias(self, q: Tensor, shape: tuple[int, int], area: Sequence[int] | None) -> Tensor:
+        """(images, Q, Q), made once a call; once a run where all regions are masks."""
+
+        def make() -> Tensor:
+            return self.regions.bias(self.subjects, self.strength, shape, area, q.device).to(q.dtype)
+
+        key = ("apart", self.subjects, shape, area, q.device, q.dtype)
+        if self.regions.fixed.issuperset(self.subjects):
+            return self.store.kept(key, make)
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        self.called = True
+        height, width = extra_options["activations_shape"][-2:]
+        if len(q) != self.groups[-1].stop or not q.shape[1] == k.shape[1] == height * width:
+            raise cannot_separate("changes what self-attention sees (HyperTile and token merging do)")
+        heads, parts = extra_options["n_heads"], []
+        for group in self.groups:
+            at, image = group.rows, group.image or 0
+            bias = self._bias(q, (height, width), group.area)[image : image + group.stop - group.start]
+            parts.append(scaled_dot_product(q[at], k[at], v[at], heads, bias))
+        return torch.cat(parts)

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..errors import NestedAttentionError
-from ..figures import Point
-from ..layers import CrossAttentionLayer
-from ..maps import Query, Seen, heat, nested_attention_of, nested_values, principal_colours
-from ..resampler import Resampler
-
-if TYPE_CHECKING:
-    from .comfy import Application
+from ...errors import NestedAttentionError
+from ...figures import Point
+from ...layers import CrossAttentionLayer
+from ...maps import Query, Seen, heat, nested_attention_of, nested_values, principal_colours
+from ...resampler import Resampler
+from .values import Application
 
 
 @dataclass
@@ -72,7 +70,11 @@ class Recording:
 
 
 class Recorder:
-    """Fills a recording during one run."""
+    """Fills a recording during one run.
+
+    Of each step and picture the first call of the model that has a subject is kept: guidance and samplers of higher
+    order make more, with attention of their own.
+    """
 
     def __init__(
         self, recording: Recording, applications: tuple[Application, ...], layers: Sequence[CrossAttentionLayer],
@@ -82,32 +84,43 @@ class Recorder:
         self.made = RecordedRun(applications, tuple(layers), latent[0], (latent[-2], latent[-1]), 1)
         self.explained = _explained(layers)
         self.step = -1
-        self.explain_now = False
-        self._done: set[int] = set()
+        self._wanted = 0
+        self._done: set[tuple[int, int]] = set()  # (step, picture) of calls that are over
+        self._now: set[tuple[int, int]] = set()  # of this one
         self._copied: tuple[Any, Any] = (None, None)  # queries as they came, and their copy
 
     def begin_step(self, step: float, steps: int) -> None:
-        """A call of the model begins. Of each step the first call that has a subject is kept: guidance and samplers of
-        higher order make more, with attention of their own."""
-        if self.made.seen:
-            self._done.add(self.made.seen[-1].step)
+        """A call of the model begins."""
+        self._done |= self._now
+        self._now.clear()
         self.step, self.made.steps = round(step), steps
         # The first call at this part of the sampling; where caches or samplers skip what follows, the last one before.
-        wanted = round(self.recording.explain_at * max(0, steps - 1))
-        self.explain_now = not any(query.step >= wanted for query in self.made.queries)
+        self._wanted = round(self.recording.explain_at * max(0, steps - 1))
 
-    @property
-    def open(self) -> bool:
-        """Whether this call is kept."""
-        return self.step not in self._done
+    def keeps(self, picture: int) -> bool:
+        """Whether what this call sees of a picture is kept."""
+        return (self.step, picture) not in self._done
+
+    def explains(self, layer: int, picture: int) -> bool:
+        """Whether the queries of a layer are kept for a picture."""
+        return layer in self.explained and not any(
+            query.step >= self._wanted and query.first <= picture < query.first + len(query.q)
+            for query in self.made.queries
+            if (query.step, picture) in self._done
+        )
 
     def note(self, seen: Seen) -> None:
+        self._now.update((self.step, seen.first + i) for i in range(len(seen.attention)))
         self.made.seen.append(replace(seen, attention=seen.attention.half()))
 
     def note_query(self, query: Query) -> None:
         """`query.q` is copied, once for all subjects of a layer."""
-        if any(other.step != self.step for other in self.made.queries):
-            self.made.queries.clear()
+        last = query.first + len(query.q)
+        self.made.queries = [
+            other
+            for other in self.made.queries
+            if other.step == self.step or other.first >= last or other.first + len(other.q) <= query.first
+        ]
         source, copied = self._copied
         if source is not query.q:
             copied = query.q.to(torch.float16, copy=True)
@@ -148,7 +161,7 @@ def heats_of(run: RecordedRun, start: float, end: float, weights: Sequence[float
         acted = f"Subjects acted in steps {steps[0] + 1} to {steps[-1] + 1} of {run.steps}" if steps else "None acted"
         raise NestedAttentionError(
             f"Nothing was recorded in this part of the sampling and these layers. {acted}. Widen start_percent, "
-            "end_percent and layer_weights. (Samplers that work in tiles or windows can't be recorded.)"
+            "end_percent and layer_weights. (What is sampled in tiles, or in windows of a picture, can't be recorded.)"
         )
     return heat(seen, len(run.applications), run.images, run.grid, weights)
 

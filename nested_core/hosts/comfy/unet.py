@@ -1,0 +1,133 @@
+"""The host's models: which U-Net this is and what its layers are, loading an encoder, running it on photos."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+from torch import Tensor
+
+from ...checkpoint import load_encoder
+from ...errors import NestedAttentionError
+from ...layers import FAMILIES, CrossAttentionLayer, Family, family_of
+from .values import HostEncoder
+
+log = logging.getLogger(__name__)
+
+# How the encoder's choice of vision features is called in the host's output of the tower.
+_FEATURES = {
+    "penultimate": "penultimate_hidden_states",
+    "last": "last_hidden_state",
+    "pooled": "image_embeds",
+}
+_TOWERS = "width 1280 is CLIP ViT-H/14 (the one that IP-Adapter uses), 1024 is CLIP ViT-L/14"
+_POOLED_TOWERS = "width 1024 is CLIP ViT-H/14 (the one that IP-Adapter uses), 768 is CLIP ViT-L/14"
+
+
+def load_host_encoder(path: str, name: str, **overrides: Any) -> HostEncoder:
+    """Read an encoder file into a patcher. `overrides`: image_features, value_norm, alpha, pooled; None is the file's.
+
+    Raises NestedAttentionError as `nested_core.checkpoint.read_encoder` does.
+    """
+    device = comfy.model_management.get_torch_device()
+    if comfy.model_management.should_use_fp16(device):
+        dtype = torch.float16
+    elif comfy.model_management.should_use_bf16(device):
+        dtype = torch.bfloat16
+    else:
+        dtype = torch.float32
+    module = load_encoder(path, operations=comfy.ops.manual_cast, dtype=dtype, **overrides)
+    # The host's own choice of patcher: with dynamic VRAM, weights come to the device as they are used.
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
+    )
+    log.info("%s: %s", name, module.config.title)
+    return HostEncoder(patcher, module.config, name)
+
+
+def vision_features(encoder: HostEncoder, clip_vision: Any, images: Tensor) -> Tensor:
+    """What the encoder reads of square images (B, S, S, 3): (B, T, E) tokens or the pooled (B, E).
+
+    Raises NestedAttentionError when the tower's features are not as wide as the encoder expects.
+    """
+    features: Tensor = clip_vision.encode_image(images, crop=False)[_FEATURES[encoder.config.image_features]]
+    expected, got = encoder.config.feature_dim, features.shape[-1]
+    if got != expected:
+        pooled = encoder.config.image_features == "pooled"
+        raise NestedAttentionError(
+            f"The encoder {encoder.name} reads {'pooled embeddings' if pooled else 'vision features'} of width "
+            f"{expected}, this CLIP vision model gives {got}. Load the vision model that the encoder was trained "
+            f"with: {_POOLED_TOWERS if pooled else _TOWERS}."
+        )
+    return features
+
+
+def encode_tokens(encoder: HostEncoder, features: Tensor) -> Tensor:
+    """Subject tokens (1, B·N, C) of a batch of views, from the vision tower's features (B, T, E) or (B, E)."""
+    comfy.model_management.load_models_gpu([encoder.patcher])
+    module = encoder.module
+    dtype = next(module.parameters()).dtype
+    tokens = module.encode(features.to(encoder.patcher.load_device, dtype))
+    return tokens.flatten(0, 1)[None].to(comfy.model_management.intermediate_device())
+
+
+def unet_layers_of(model: comfy.model_patcher.ModelPatcher) -> tuple[Family, tuple[CrossAttentionLayer, ...]]:
+    """The family of a MODEL and its cross-attention layers as they are, in diffusers' order.
+
+    Raises NestedAttentionError naming the model when it is not an SDXL base or SD 1.5 U-Net.
+    """
+    unet = getattr(model.model, "diffusion_model", None)
+    present: dict[tuple[str, int, int], tuple[int, int]] = {}  # address -> (channels, width of the text it reads)
+    for kind in ("input", "middle", "output"):
+        blocks = getattr(unet, "middle_block" if kind == "middle" else f"{kind}_blocks", ())
+        # The host counts the middle as one block, whatever its number of modules.
+        for number, block in enumerate([blocks] if kind == "middle" else blocks):
+            for module in block if blocks else ():
+                for i, transformer in enumerate(getattr(module, "transformer_blocks", ())):
+                    attn2 = getattr(transformer, "attn2", None)
+                    if attn2 is not None:
+                        present[kind, number, i] = (attn2.to_q.out_features, attn2.to_k.in_features)
+    text_width = {width for _, width in present.values()}
+    for family in FAMILIES.values():
+        layers = family.layers()
+        if {layer.block for layer in layers} == set(present) and text_width == {family.context_dim}:
+            return family, tuple(
+                CrossAttentionLayer(layer.index, layer.diffusers, layer.block, present[layer.block][0])
+                for layer in layers
+            )
+    found = f"{len(present)} cross-attention layers" if present else "no U-Net cross-attention"
+    reads = f" reading text of width {', '.join(map(str, sorted(text_width)))}" if text_width else ""
+    raise NestedAttentionError(
+        f"This model ({type(model.model).__name__}) has {found}{reads}. Nested Attention works with SDXL base models "
+        "(70 layers, text width 2048) and SD 1.5 (16 layers, text width 768): load such a checkpoint."
+    )
+
+
+def check_encoder_fits(
+    encoder: HostEncoder, model: comfy.model_patcher.ModelPatcher
+) -> tuple[Family, tuple[CrossAttentionLayer, ...]]:
+    """The model's family and layers, once it is clear that the encoder was made for such a model.
+
+    Raises NestedAttentionError naming both when it was not.
+    """
+    family, layers = unet_layers_of(model)
+    config = encoder.config
+    if config.family != family.name:
+        made_for = family_of(config.family).title
+        raise NestedAttentionError(
+            f"The encoder {encoder.name} is for {made_for}, the model ({type(model.model).__name__}) is "
+            f"{family.title}. Load an encoder for {family.title}, or a {made_for} checkpoint."
+        )
+    widths = tuple(layer.width for layer in layers)
+    if config.widths != widths:
+        differing = next(i for i, (a, b) in enumerate(zip(config.widths, widths, strict=True)) if a != b)
+        raise NestedAttentionError(
+            f"The encoder {encoder.name} and the model are both {family.title} but of other widths: layer "
+            f"{layers[differing].diffusers} has {widths[differing]} channels, the encoder was made for "
+            f"{config.widths[differing]}. Use the encoder with the base model that it was trained on."
+        )
+    return family, layers
