@@ -3,8 +3,8 @@
 `bind_clip` returns a CLIP whose conditionings say themselves which rows are whose (`text.MarkedText`):
 
 1. The tokenizers inside the CLIP are wrapped where they meet plain text, below the host's handling of weights,
-   escapes, embeddings and long prompts. The tokens of a placeholder are `BoundToken`s: integers that remember it. They
-   pass through every node that cuts, joins or reweights token lists.
+   escapes, embeddings and long prompts. The tokens of a placeholder have ids that say whose they are. They pass through
+   every node that cuts, joins or reweights token lists.
 2. The text encoders get a forward hook: what they make of token lists with bound tokens in them is marked. It does
    nothing for other tokens, and only these tokenizers make such; so it may stay on an encoder that other CLIPs share. A
    hook sees the encoder called from anywhere: by the host, by packs that call the encoders one by one, through methods
@@ -32,33 +32,34 @@ from .text import mark, rows_of
 
 CONDITIONING_KEY = "nested_attention"
 
-#: Larger than any id of a text encoder. Where tokens leave Python for a tensor, an id says whose it is by its size.
+#: Larger than any id of a text encoder. The id of a placeholder's token is its own plus a multiple of this: so it says
+#: whose it is after whatever lists, arrays and tensors it went through.
 _STRIDE = 1 << 20
-_interned: list[Placeholder] = []  # what those ids mean
+_placeholders: list[Placeholder] = []  # what the multiples mean
 
 
 class BoundToken(int):
-    """A token id that knows the placeholder it came from."""
+    """A token id as a text encoder has it, that knows the placeholder it came from."""
 
     placeholder: Placeholder
 
-    def __new__(cls, token: int, placeholder: Placeholder) -> BoundToken:
-        self = super().__new__(cls, token)
-        self.placeholder = placeholder
-        return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return BoundToken, (int(self), self.placeholder)
+def _number_of(token: int, placeholder: Placeholder) -> int:
+    """The id of a placeholder's token outside of the text encoder."""
+    if placeholder not in _placeholders:
+        _placeholders.append(placeholder)
+    return token + _STRIDE * (1 + _placeholders.index(placeholder))
 
-    def as_number(self) -> int:
-        """An id that is bound by its value alone, as it goes through tensors."""
-        if self.placeholder not in _interned:
-            _interned.append(self.placeholder)
-        return int(self) + _STRIDE * (1 + _interned.index(self.placeholder))
 
-    @classmethod
-    def of_number(cls, number: int) -> BoundToken:
-        return cls(number % _STRIDE, _interned[number // _STRIDE - 1])
+def _is_bound(token: Any) -> bool:
+    return isinstance(token, int) and token >= _STRIDE
+
+
+def _token_of(number: int) -> BoundToken:
+    """Such an id as the text encoder has it."""
+    token = BoundToken(number % _STRIDE)
+    token.placeholder = _placeholders[number // _STRIDE - 1]
+    return token
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -97,12 +98,20 @@ class _BindingTokenizer:
         for reading, row in zip(readings, ids if nested else [ids], strict=True):
             for i, placeholder in locate(reading, self._ids(reading.text), self._ids).items():
                 if lead + i < len(row):  # else it was cut off, as asked
-                    token = BoundToken(int(row[lead + i]), self._placeholder(placeholder))
-                    row[lead + i] = token.as_number() if several or torch.is_tensor(row) else token
+                    row[lead + i] = _number_of(int(row[lead + i]), self._placeholder(placeholder))
         return encoded
 
     def _placeholder(self, text: str) -> Placeholder:
         return next(p for p in self.reader.placeholders if p.text == text)
+
+
+class _Words(dict[int, str]):
+    """What the host's `untokenize` looks ids up in: those of placeholders too."""
+
+    def __missing__(self, token: int) -> str:
+        if token < _STRIDE:
+            raise KeyError(token)
+        return self[token % _STRIDE]
 
 
 def _text_tokenizers(tokenizer: Any) -> dict[str, Any]:
@@ -122,6 +131,8 @@ def _bind_tokenizer(tokenizer: Any, placeholders: tuple[Placeholder, ...]) -> An
         inner = part.tokenizer.inner if isinstance(part.tokenizer, _BindingTokenizer) else part.tokenizer
         trail = int(getattr(part, "tokenizer_adds_end_token", True))
         part.tokenizer = _BindingTokenizer(inner, placeholders, part.tokens_start, trail)
+        if hasattr(part, "inv_vocab"):
+            part.inv_vocab = _Words(part.inv_vocab)
         setattr(bound, name, part)
     return bound
 
@@ -130,7 +141,9 @@ def _holds_bound(tokens: Any) -> bool:
     """Whether a tokenized prompt, of whatever nesting, has a bound token in it."""
     if isinstance(tokens, (list, tuple)):
         return any(map(_holds_bound, tokens))
-    return isinstance(tokens, BoundToken) or (isinstance(tokens, int) and tokens >= _STRIDE)
+    if torch.is_tensor(tokens):
+        return tokens.dtype in (torch.int32, torch.int64) and bool((tokens >= _STRIDE).any())
+    return _is_bound(tokens)
 
 
 # --- text encoders ----------------------------------------------------------------------------------------------------
@@ -148,18 +161,12 @@ def _watch(text_model: Any) -> None:
 
 
 def _read_numbers(encoder: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Forward pre-hook: ids that are bound by their value become bound tokens, which have the encoder's own values."""
+    """Forward pre-hook: ids of placeholders become bound tokens, which have the encoder's own values."""
     tokens, *others = args
-    if torch.is_tensor(tokens):
-        if not bool((tokens >= _STRIDE).any()):
-            return None
-        tokens = tokens.tolist()
-    if not any(isinstance(t, int) and t >= _STRIDE for section in tokens for t in section):
+    if not _holds_bound(tokens):
         return None
-    bound = [
-        [BoundToken.of_number(t) if isinstance(t, int) and t >= _STRIDE else t for t in section] for section in tokens
-    ]
-    return bound, *others
+    sections = tokens.tolist() if torch.is_tensor(tokens) else tokens
+    return [[_token_of(t) if _is_bound(t) else t for t in section] for section in sections], *others
 
 
 def _bound_rows(section: Sequence[Any], width: int) -> Iterator[tuple[int, Placeholder]]:
@@ -187,7 +194,7 @@ def _width(encoder: Any) -> int:
 def _mark_words(encoder: Any, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook: the encoder's text, (sections, T, C), marked where the bound tokens of its sections stand."""
     tokens = args[0]
-    if torch.is_tensor(tokens) or not _holds_bound(tokens):
+    if torch.is_tensor(tokens) or not any(isinstance(t, BoundToken) for section in tokens for t in section):
         return None
     text, *others = output
     marks: dict[str, Tensor] = {}
@@ -249,12 +256,7 @@ class _BoundCLIP:
         if isinstance(tokens, dict) and any(map(PromptReader(self.nested_attention).mentions_any, given)):
             for name, sections in tokens.items():
                 if not _holds_bound(sections):
-                    part = getattr(self.tokenizer, f"clip_{name}", self.tokenizer)
-                    raise NestedAttentionError(
-                        f"A node after Apply Subject gave this CLIP another tokenizer ({type(part).__name__}) for its "
-                        f"text encoder {name!r}, which reads {self._names()} as it is written. Put that node in front "
-                        "of Apply Subject."
-                    )
+                    raise self._unbound(name)
         return tokens
 
     def encode_from_tokens(
@@ -273,8 +275,19 @@ class _BoundCLIP:
             values[CONDITIONING_KEY] = self._description(tokens, cond)
         return out
 
-    def _names(self) -> str:
-        return ", ".join(p.text for p in self.nested_attention)
+    def _unbound(self, encoder: str) -> NestedAttentionError:
+        """The error for a text that mentions a placeholder and has none of its tokens for a text encoder."""
+        names = ", ".join(p.text for p in self.nested_attention)
+        part = getattr(self.tokenizer, f"clip_{encoder}", self.tokenizer)
+        if isinstance(getattr(part, "tokenizer", None), _BindingTokenizer):
+            return NestedAttentionError(
+                f"The text encode node changes {names} before it is read: some take characters such as < off the words "
+                "they weigh. Choose a placeholder such as @anna in Encode Subject, or write it without a weight."
+            )
+        return NestedAttentionError(
+            f"A node after Apply Subject gave this CLIP another tokenizer ({type(part).__name__}) for its text encoder "
+            f"{encoder!r}, which reads {names} as it is written. Put that node in front of Apply Subject."
+        )
 
     def _description(self, tokens: Any, cond: Tensor) -> dict[str, Any]:
         rows = rows_of(cond[:1])[0]
@@ -297,12 +310,12 @@ class _BoundCLIP:
             pieces: list[tuple[str, list[int]]] = []
             ends = {part.start_token, part.end_token, getattr(part, "pad_token", None)}
             for token, *_ in (entry for section in sections for entry in section):
-                owner = token.placeholder.text if isinstance(token, BoundToken) else ""
-                if not isinstance(token, int) or (token in ends and not owner):
+                if not isinstance(token, int) or token in ends:
                     continue  # an embedding, or what begins, ends and fills up a section
+                owner = _token_of(token).placeholder.text if _is_bound(token) else ""
                 if not pieces or pieces[-1][0] != owner:
                     pieces.append((owner, []))
-                pieces[-1][1].append(int(token))
+                pieces[-1][1].append(token % _STRIDE)
             if pieces and not hasattr(part.tokenizer.inner, "decode"):
                 continue
             here = [[part.tokenizer.decode(ids).strip(), owner] for owner, ids in pieces]

@@ -126,7 +126,7 @@ class _Run:
         if self.regions is None:
             return ()
         if step.sampled.window is not None:
-            raise cannot_separate("samples it in context windows")
+            raise cannot_separate("samples in context windows")
         self.regions.turn()
         if not self.apart_window[1] <= sigma <= self.apart_window[0]:
             return ()
@@ -390,7 +390,7 @@ def _check_all_acted(run: _Run, mentioned: set[str], model_options: Mapping[str,
                 f"{name} in one of them, in a text encode node whose CLIP comes from Apply Subject."
             )
         if application.placeholder.key in mentioned:
-            log.warning("%s acted in no step: its prompt is not used in the part of the sampling it acts in.", name)
+            log.warning("%s acted in no step: none of those it acts in samples a text that mentions it.", name)
 
 
 # --- once per call of the model ---------------------------------------------------------------------------------------
