@@ -489,6 +489,34 @@ def test_wrappers_that_send_one_prompt_per_call(studio, change):
     torch.testing.assert_close(studio.sample(model, positive, negative, size=SIZE), expected, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.works_with("Other packs", "Nodes that call the model past the host's batching", "without masks")
+def test_nodes_that_call_the_model_past_the_hosts_batching(studio, bound, refused):
+    """Old copies of the host's calc_cond_batch: no labels, no uuids. Whose words are in a text it says itself."""
+
+    def own(args):
+        out = []
+        for i, entries in enumerate(args["conds"]):
+            (entry,) = entries
+            c = {k: v.process_cond(batch_size=1, area=None).cond for k, v in entry["model_conds"].items()}
+            c["transformer_options"] = {**args["model_options"]["transformer_options"], "cond_or_uncond": [i]}
+            out.append(args["model"].apply_model(args["input"], args["sigma"], **c))
+        return out
+
+    def sampled(model):
+        model = model.clone()
+        model.set_model_sampler_calc_cond_batch_function(own)
+        return studio.sample(model, positive, negative, size=SIZE, steps=2)
+
+    model, clip = bound
+    positive, negative = studio.encode(clip, "photo of <person>"), studio.encode(clip, "x")
+    expected = studio.sample(model, positive, negative, size=SIZE, steps=2)
+    torch.testing.assert_close(sampled(model), expected, rtol=1e-3, atol=1e-2)
+    assert not torch.allclose(sampled(studio.model), expected, rtol=1e-3, atol=1e-2)
+    masked, _ = studio.apply(mask=torch.ones(1, 64, 64))
+    with refused("mask of <person> can't be placed: another node"):
+        sampled(masked)
+
+
 @pytest.mark.works_with("Other packs", "Windows of frames (AnimateDiff-Evolved)", "a mask per frame; maps; no Separate")
 def test_windows_of_frames(pack, studio, bound, node, refused):
     """AnimateDiff-Evolved's kind: windows that overlap and wrap, frames in any order, said in ad_params."""

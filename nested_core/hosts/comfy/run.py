@@ -379,6 +379,8 @@ def _others_in(model_options: Mapping[str, Any]) -> list[str]:
 
 def _check_all_acted(run: _Run, mentioned: set[str], model_options: Mapping[str, Any]) -> None:
     """At the end of a run. Raises NestedAttentionError where a subject should have acted and reached no layer."""
+    if len(run.sigmas) < 2:  # no step at all
+        return
     for i in sorted(set(range(len(run.applications))) - run.reached):
         application = run.applications[i]
         name = application.placeholder.text
