@@ -143,7 +143,7 @@ def _identified(
     baseline: bool = False,
 ) -> tuple[EncoderConfig, State]:
     """`identify` by the shapes of `tensors`; then `read` gives the content of those that are the encoder's."""
-    said = _own_metadata(metadata, (FORMAT, BASELINE) if baseline else (FORMAT,))
+    said = _own_metadata(metadata, baseline)
     tensors, scales = _split_scales(tensors)
     projection = _find_projection(tensors)
     layers = _find_layers(tensors, projection, _families(said))
@@ -302,7 +302,7 @@ def _metadata_of(config: EncoderConfig) -> dict[str, str]:
     }
 
 
-def _own_metadata(metadata: Mapping[str, str], forms: Collection[str]) -> dict[str, str]:
+def _own_metadata(metadata: Mapping[str, str], baseline: bool) -> dict[str, str]:
     """The metadata of a file this pack wrote; empty for others, whose metadata has no meaning here.
 
     Raises NestedAttentionError for our other kinds of file, and for versions this code does not know.
@@ -314,12 +314,12 @@ def _own_metadata(metadata: Mapping[str, str], forms: Collection[str]) -> dict[s
         raise NestedAttentionError(
             "This is a saved subject, not an encoder. Open it with Load Subject, which takes the encoder beside it."
         )
-    if kind == BASELINE and BASELINE not in forms:
+    if kind == BASELINE and not baseline:
         raise NestedAttentionError(
             "This is an encoder that was trained for decoupled attention, to compare with. It is bound to no word, and "
             'the nodes do not run it. Load one that was trained with the method "nested".'
         )
-    if kind not in forms:
+    if kind not in (FORMAT, BASELINE):
         raise NestedAttentionError(f'Expected a file of format "{FORMAT}", got "{kind}".')
     version = metadata.get("version", "")
     if not version.isdecimal() or int(version) < 1:
@@ -748,15 +748,9 @@ def _check_rest(tensors: State, projection: _Projection, layers: _Layers) -> Non
     """What is left over: inside the image projection it would change the result, elsewhere it is reported."""
     used = set(projection.names.values()) | {key for pair in layers.pairs for key in pair}
     rest = [key for key in tensors if key not in used]
-    inside = [key for key in rest if key.startswith(projection.prefix)]
-    # What lies beside a weight of one byte may be its scale under a name this pack does not know.
-    inside += [
-        key
-        for weight in used
-        if tensors[weight].element_size() == 1
-        for key in rest
-        if key.startswith(weight.removesuffix("weight")) and key not in inside
-    ]
+    # What lies beside a weight of one byte may be its scale, under a name this pack does not know.
+    quantised = [key.removesuffix("weight") for key in used if tensors[key].element_size() == 1]
+    inside = [key for key in rest if key.startswith((projection.prefix, *quantised))]
     if inside:
         raise NestedAttentionError(
             f"The file has parts of the encoder that this pack does not know: {_show(tensors, inside)}. "

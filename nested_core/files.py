@@ -218,8 +218,8 @@ def _zip_names(file: BinaryIO) -> list[str]:
         file.seek(26)
         length = int.from_bytes(file.read(2), "little")
         file.seek(30)
-        first = file.read(length).decode("utf-8", "replace")
-        return [first] if first else []
+        first = file.read(min(length, 255)).decode("utf-8", "replace")
+        return [first] if first and first.isprintable() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
