@@ -813,4 +813,3 @@ def _natural(text: str) -> list[tuple[int, str]]:
 
 def _show(tensors: State, keys: list[str]) -> str:
     return few([f"{key} {tuple(tensors[key].shape)}" for key in keys])
-

@@ -61,8 +61,8 @@ class NestedSaveSubject(io.ComfyNode):
         except OSError as error:  # "file exists", where a link leads nowhere
             raise NestedAttentionError(
                 f"The folder for {filename_prefix!r} below {base} can't be used ({error.strerror or error}: "
-                f"{error.filename}). If it is a link, put back what it leads to (is that disk there?) or remove it; "
-                "else check that it is a folder that can be written to."
+                f"{error.filename}). If it is a link, put back what it leads to (is that disk connected?), or remove "
+                "it; else check that it is a folder that can be written to."
             ) from error
         file = f"{name}_{counter:05}_.safetensors"
         save_subject(os.path.join(folder, file), subject.subject)

@@ -19,10 +19,14 @@ def refused(pack):
 
 @pytest.fixture
 def models(pack):
-    """The folder that Load Nested Encoder lists."""
+    """A folder that Load Nested Encoder lists, with what other tests left there; emptied of what this one makes."""
     import folder_paths
 
-    return Path(folder_paths.get_folder_paths("nested_attention")[0])
+    folder = Path(folder_paths.get_folder_paths("nested_attention")[0])
+    before = set(folder.iterdir())
+    yield folder
+    for path in set(folder.iterdir()) - before:
+        path.unlink()
 
 
 @pytest.fixture
@@ -113,7 +117,6 @@ def test_a_file_that_is_overwritten_while_loaded_changes_nothing(pack, sdxl, mod
     write = "import sys; f = open(sys.argv[1], 'r+b'); f.write(bytes(int(sys.argv[2]))); f.truncate(int(sys.argv[3]))"
     subprocess.run([sys.executable, "-c", write, path, str(size), str(1000 if shorter else size)], check=True)
     assert torch.equal(picture(sdxl, encoder), before)
-    path.unlink()
 
 
 def test_scaled_fp8_files_of_the_host_s_kind_are_read_as_the_host_reads_them(pack, sdxl, models):
@@ -163,17 +166,16 @@ def test_a_dead_link_is_called_one_and_not_offered(pack, refused, models):
         load(pack, link.name)
     said = loader.validate_inputs(encoder_name="other.safetensors")
     assert "No encoder named 'other.safetensors'" in said and link.name not in said
-    link.unlink()
 
 
 def test_saving_below_a_dead_link_says_so(pack, sdxl, refused, subjects):
     save = pack.nodes["NestedSaveSubject"].execute
     subject = sdxl.subject()
     subjects.mkdir(exist_ok=True)
-    link = subjects / "family"
+    link = subjects / "linked"
     link.symlink_to(subjects / "moved")
-    with refused(f"folder for 'family/anna' below {subjects} can't be used .*{link}.*If it is a link"):
-        save(subject, "family/anna")
+    with refused(f"folder for 'linked/anna' below {subjects} can't be used .*{link}.*If it is a link"):
+        save(subject, "linked/anna")
     link.unlink()
     aside = subjects.rename(subjects.with_name("aside"))
     subjects.symlink_to(subjects.with_name("unplugged"))
