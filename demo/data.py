@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 import world
+from nested_core.files import whole
 from world import Figure
 
 PICTURES = 24_000  # of a whole training, drawn with its seed
@@ -92,9 +93,8 @@ def pictures(folder: Path, name: str, count: int, seed: int, *, portrait: bool =
                 bar.update(len(done))
         for array in arrays.values():
             array.flush()
-        partial = about.with_suffix(".part")
-        partial.write_text(json.dumps({"key": key, "entries": [asdict(entry) for entry in entries]}), "utf-8")
-        os.replace(partial, about)  # last: a picture file without it is drawn anew
+        with whole(about) as part:  # last: a picture file without it is drawn anew
+            part.write_text(json.dumps({"key": key, "entries": [asdict(entry) for entry in entries]}), "utf-8")
     found = json.loads(about.read_text("utf-8"))["entries"]
     entries = [Entry([Figure(**figure) for figure in e["figures"]], e["scene"], e["style"]) for e in found]
     mapped = {part: np.memmap(paths[part], np.uint8, "r", shape=shape) for part, shape in shapes.items()}

@@ -23,11 +23,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection
 
 import models
+from nested_core.files import save_tensors
 
 LICENCE = "Apache-2.0"
 UNET, TEXT, CODEC = "model.diffusion_model.", "cond_stage_model.transformer.text_model.", "first_stage_model."
@@ -184,12 +185,7 @@ def write_lora(path: Path, unet: Any) -> None:
 def write_file(path: Path, tensors: Mapping[str, Tensor], title: str, said: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all, with what it is and its licence in the metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        save_file(dict(tensors), part, {"format": "pt", "title": title, "licence": LICENCE, **(said or {})})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    save_tensors(path, tensors, {"format": "pt", "title": title, "licence": LICENCE, **(said or {})}, title)
 
 
 def fingerprint(unet: Any) -> str:

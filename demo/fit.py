@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from nested_core.files import whole
 
 #: loss(generator of this step's choices) -> (loss, what to log)
 Loss = Callable[[random.Random], tuple[Tensor, dict[str, float]]]
@@ -65,8 +66,8 @@ def fit(
     def save(step: int) -> None:
         state: dict[str, Any] = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
         state |= {"schedule": schedule.state_dict(), "ema": average.state_dict(), "seconds": spent}
-        torch.save(state, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        with whole(path) as part:
+            torch.save(state, part)
 
     model.train()
     bar = tqdm(total=steps, initial=begun, desc=name, mininterval=5)

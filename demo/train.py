@@ -46,6 +46,7 @@ from fit import fit  # noqa: E402
 from nested_core.attention import VALUE_NORMS  # noqa: E402
 from nested_core.checkpoint import load_encoder, read_encoder, write_encoder  # noqa: E402
 from nested_core.encoder import NestedEncoder  # noqa: E402
+from nested_core.files import whole  # noqa: E402
 from nested_core.training import (  # noqa: E402
     BaseModel,
     Example,
@@ -205,14 +206,11 @@ class Run:
         """The array of a file; where it is not there yet, `make` makes the rows at given places."""
         path = self.folder / name
         if not path.is_file():
-            partial = path.with_suffix(".part")
-            made = np.memmap(partial, dtype, "w+", shape=shape)
-            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+            with whole(path) as part, torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+                made = np.memmap(part, dtype, "w+", shape=shape)
                 for at in _batches(shape[0], 64, f"making {name}"):
                     made[at] = make(at).cpu().numpy()
-            made.flush()
-            del made  # an open map can't be renamed on Windows
-            partial.rename(path)
+                del made  # flushes; an open map can't be renamed on Windows
         return np.memmap(path, dtype, "r", shape=shape)
 
     def decode(self, codec: torch.nn.Module, latents: Tensor) -> Tensor:

@@ -9,25 +9,21 @@ is refused with what was expected and what came.
 """
 
 import hashlib
-import json
 import logging
 import os
-import pickle
 import re
-import secrets
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .encoder import EncoderConfig, NestedEncoder, ResamplerShape
 from .errors import NestedAttentionError
+from .files import few, flatten, looks_like, open_weights, save_tensors
 from .layers import DIFFUSERS_ORDER, EXECUTION_ORDER, FAMILIES, PUBLISHED, Family, compress
 
 log = logging.getLogger(__name__)
@@ -44,6 +40,8 @@ _OWN = " (this pack's format)"
 # IP-Adapter Plus files have 16 tokens; the release, whose layers may well carry the same names, 1024.
 _MOST_IP_ADAPTER_TOKENS = 64
 
+_DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
 State = dict[str, Tensor]
 _Place = str | tuple[int, ...]
 
@@ -59,20 +57,23 @@ def read_encoder(
     value_norm: str | None = None,
     alpha: float | None = None,
     pooled: str | None = None,
+    baseline: bool = False,
 ) -> tuple[EncoderConfig, State]:
     """An encoder file as its config and the state dict of a `NestedEncoder`, in the file's dtype.
 
-    Safetensors, or a .bin / .pt that holds tensors only; the content tells which, not the name.
-    The options override what the file says; None keeps it (or the default of its kind).
+    Safetensors, or a .bin / .pt that holds tensors only; the content tells which, not the name. The state is in memory
+    of its own, whatever becomes of the file; scaled fp8 weights come as fp32.
+    The options override what the file says; None keeps it (or the default of its kind). `baseline` also takes encoders
+    of the training code's decoupled baseline.
 
-    Raises NestedAttentionError, naming the file, when it can't be read or isn't an encoder this pack knows.
+    Raises NestedAttentionError, naming the file, when it can't be read, changes meanwhile, isn't an encoder this pack
+    knows, or has weights that are not numbers.
     """
     path = Path(path)
+    options = {"image_features": image_features, "value_norm": value_norm, "alpha": alpha, "pooled": pooled}
     try:
-        tensors, metadata = _read_tensors(path)
-        return identify(
-            tensors, metadata, image_features=image_features, value_norm=value_norm, alpha=alpha, pooled=pooled
-        )
+        weights = open_weights(path)
+        return _identified(weights.tensors, weights.metadata, weights.read, options, baseline)
     except NestedAttentionError as error:
         raise NestedAttentionError(f"{path.name}: {error}") from error.__cause__
 
@@ -90,9 +91,27 @@ def load_encoder(
     """
     config, state = read_encoder(path, **overrides)
     encoder = NestedEncoder.from_config(config, operations=operations, dtype=dtype, device="meta")
-    state = {name: tensor.to(device=device or tensor.device, dtype=dtype) for name, tensor in state.items()}
+    try:
+        cast(state, dtype, device, "Load it in bf16 or fp32 (ComfyUI: start it with --force-fp32).")
+    except NestedAttentionError as error:
+        raise NestedAttentionError(f"{Path(path).name}: {error}") from error
     encoder.load_state_dict(state, strict=True, assign=True)
     return encoder.eval().requires_grad_(False)
+
+
+def cast(state: State, dtype: torch.dtype | None, device: torch.device | str | None, advice: str) -> None:
+    """Puts weights into another type and onto a device, None keeping theirs; in place, so that never more than one
+    tensor is held twice.
+
+    Raises NestedAttentionError, ending in `advice`, for values that the type can't hold.
+    """
+    for name, tensor in state.items():
+        state[name] = tensor.to(device=device or tensor.device, dtype=dtype)
+        if dtype not in (None, tensor.dtype) and not _is_finite(state[name]):
+            raise NestedAttentionError(
+                f"{name} has values up to {tensor.abs().max().item():.4g}, which {_DTYPE_NAMES.get(dtype, dtype)} "
+                f"can't hold. {advice}"
+            )
 
 
 def identify(
@@ -111,23 +130,51 @@ def identify(
 
     Raises NestedAttentionError when it is no encoder this pack knows, saying what it looks like instead.
     """
-    said = _own_metadata(metadata or {})
-    tensors = dict(_flatten(state_dict))
+    tensors = dict(flatten(state_dict))
+    options = {"image_features": image_features, "value_norm": value_norm, "alpha": alpha, "pooled": pooled}
+    return _identified(tensors, metadata or {}, lambda names: {name: tensors[name] for name in names}, options)
+
+
+def _identified(
+    tensors: State,
+    metadata: Mapping[str, str],
+    read: Callable[[list[str]], State],
+    options: Mapping[str, Any],
+    baseline: bool = False,
+) -> tuple[EncoderConfig, State]:
+    """`identify` by the shapes of `tensors`; then `read` gives the content of those that are the encoder's."""
+    said = _own_metadata(metadata, baseline)
+    tensors, scales = _split_scales(tensors)
     projection = _find_projection(tensors)
     layers = _find_layers(tensors, projection, _families(said))
     _check_rest(tensors, projection, layers)
 
     config = _configure(tensors, projection, layers, said)
-    options = {"image_features": image_features, "value_norm": value_norm, "alpha": alpha, "pooled": pooled}
-    config = replace(config, **{name: value for name, value in options.items() if value is not None})  # type: ignore[arg-type]
+    config = replace(config, **{name: value for name, value in options.items() if value is not None})
 
     names = {f"resampler.{name}": key for name, key in projection.names.items()}
     for index, pair in enumerate(layers.pairs):
         names |= {f"to_k.{index}.weight": pair.k, f"to_v.{index}.weight": pair.v}
-    state = {name: tensors[key] for name, key in names.items()}
-    if not projection.pooled and state["resampler.latents"].ndim == 2:
-        state["resampler.latents"] = state["resampler.latents"][None]
-    _check_state(config, state, names)
+    shapes = {name: tensors[key] for name, key in names.items()}
+    if not projection.pooled and shapes["resampler.latents"].ndim == 2:
+        shapes["resampler.latents"] = shapes["resampler.latents"][None]
+    _check_state(config, shapes, names)
+    used = {key: scales[key] for key in names.values() if key in scales}
+    for key, scale in used.items():
+        _check_scale(tensors[key], key, scale)
+    content = read([*names.values(), *(name for name, _ in used.values())])
+    state = {}
+    for name, key in names.items():
+        tensor = content.pop(key)
+        if key in used:
+            tensor = tensor.float().mul_(content[used[key][0]].float())
+        state[name] = tensor.reshape(shapes[name].shape)
+    bad = [names[name] for name, tensor in state.items() if not _is_finite(tensor)]
+    if bad:
+        raise NestedAttentionError(
+            f"The file has weights that are not numbers (NaN or infinite), in {few(bad)}. Its training or conversion "
+            "failed, or it is damaged, and pictures would be black: get it again, or in a wider type (bf16, fp32)."
+        )
     return replace(config, fingerprint=said.get("fingerprint") or fingerprint(state)), state
 
 
@@ -147,6 +194,54 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         runs = torch.cat([flat[start : start + 256] for start in range(0, flat.numel(), step)])
         digest.update(runs.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.numel():
+        return True
+    values = tensor if tensor.element_size() > 1 else tensor.float()  # torch compares no fp8
+    return bool(torch.stack(values.aminmax()).isfinite().all())  # without a mask as large as the tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantised files
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Of ComfyUI's files ("..._fp8_scaled"), the older names first. A weight is its fp8 numbers times its scale.
+_SCALE = re.compile(r"(?P<layer>(?:.*\.)?)(?:scale_weight|weight_scale)")
+# Scales of what goes into a layer, and notes: of no meaning to who computes with the weights themselves.
+_NOTE = re.compile(r"(?:.*\.)?(?:scale_input|input_scale|scaled_fp8|comfy_quant)")
+_OTHER_SCALE = re.compile(r".*\.(?:weight_scale_2|weight_scale_inv|pre_quant_scale)")
+
+
+def _split_scales(tensors: State) -> tuple[State, dict[str, tuple[str, Tensor]]]:
+    """The tensors without those of quantisation, and {weight: (scale's name, scale)}.
+
+    Raises NestedAttentionError for a quantisation that has more than one scale to a weight.
+    """
+    scales, rest = {}, {}
+    for key, tensor in tensors.items():
+        if _OTHER_SCALE.fullmatch(key):
+            raise NestedAttentionError(f"The file has {key}, of a quantisation this pack does not know. {_USE_PLAIN}")
+        if match := _SCALE.fullmatch(key):
+            scales[f"{match['layer']}weight"] = key, tensor
+        elif not _NOTE.fullmatch(key):
+            rest[key] = tensor
+    return rest, scales
+
+
+def _check_scale(weight: Tensor, key: str, scale: tuple[str, Tensor]) -> None:
+    """One number for the weight, or one for each of its rows."""
+    name, numbers = scale
+    known = numbers.numel() == 1 or (weight.ndim == 2 and numbers.shape == (weight.shape[0], 1))
+    if weight.dtype not in _FP8 or not numbers.is_floating_point() or numbers.element_size() == 1 or not known:
+        raise NestedAttentionError(
+            f"{name} should be a floating-point number that belongs to an fp8 weight, got {numbers.dtype} of the shape "
+            f"{tuple(numbers.shape)} for {key}, {weight.dtype} {tuple(weight.shape)}. {_USE_PLAIN}"
+        )
+
+
+_USE_PLAIN = "Of quantised encoders, fp8 with one scale a weight can be read: use that, or the fp16, bf16 or fp32 file."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,23 +274,8 @@ def write_state(
     """
     if not (keep_fingerprint and config.fingerprint):
         config = replace(config, fingerprint=fingerprint(state))
-    tensors = {_file_name(name): tensor.detach().contiguous() for name, tensor in state.items()}
-    path = Path(path)
-    # In the same folder, since a file can take another's place in one step only within a file system.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata={**_metadata_of(config), "format": form})
-        temporary.chmod(mode)  # safetensors makes files private; a model folder may be shared
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise NestedAttentionError(
-            f"Could not write the encoder to {path}: {error}. Check that the folder exists, is writable and has room, "
-            f"and that no program has that file open."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    tensors = {_file_name(name): tensor for name, tensor in state.items()}
+    save_tensors(path, tensors, {**_metadata_of(config), "format": form}, "encoder")
 
 
 def _file_name(name: str) -> str:
@@ -222,7 +302,7 @@ def _metadata_of(config: EncoderConfig) -> dict[str, str]:
     }
 
 
-def _own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+def _own_metadata(metadata: Mapping[str, str], baseline: bool) -> dict[str, str]:
     """The metadata of a file this pack wrote; empty for others, whose metadata has no meaning here.
 
     Raises NestedAttentionError for our other kinds of file, and for versions this code does not know.
@@ -234,12 +314,12 @@ def _own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
         raise NestedAttentionError(
             "This is a saved subject, not an encoder. Open it with Load Subject, which takes the encoder beside it."
         )
-    if kind == BASELINE:
+    if kind == BASELINE and not baseline:
         raise NestedAttentionError(
             "This is an encoder that was trained for decoupled attention, to compare with. It is bound to no word, and "
             'the nodes do not run it. Load one that was trained with the method "nested".'
         )
-    if kind != FORMAT:
+    if kind not in (FORMAT, BASELINE):
         raise NestedAttentionError(f'Expected a file of format "{FORMAT}", got "{kind}".')
     version = metadata.get("version", "")
     if not version.isdecimal() or int(version) < 1:
@@ -536,7 +616,7 @@ def _in_order(tensors: State, family: Family, scheme: str, pairs: dict[_Place, _
             extra = sorted(str(place) for place in pairs if place not in expected)
             raise NestedAttentionError(
                 f"The layers are named by their place in the U-Net, but not those of {family.title}: "
-                f"no {_few(missing)}; instead {_few(extra)}."
+                f"no {few(missing)}; instead {few(extra)}."
             )
         listed = [pairs[name] for name in expected]
     else:
@@ -668,14 +748,16 @@ def _check_rest(tensors: State, projection: _Projection, layers: _Layers) -> Non
     """What is left over: inside the image projection it would change the result, elsewhere it is reported."""
     used = set(projection.names.values()) | {key for pair in layers.pairs for key in pair}
     rest = [key for key in tensors if key not in used]
-    inside = [key for key in rest if key.startswith(projection.prefix)]
+    # What lies beside a weight of one byte may be its scale, under a name this pack does not know.
+    quantised = [key.removesuffix("weight") for key in used if tensors[key].element_size() == 1]
+    inside = [key for key in rest if key.startswith((projection.prefix, *quantised))]
     if inside:
         raise NestedAttentionError(
-            f"The image projection has parts this pack does not know: {_show(tensors, inside)}. "
+            f"The file has parts of the encoder that this pack does not know: {_show(tensors, inside)}. "
             f"Leaving them out would change the result, so the file was not loaded."
         )
     if rest:
-        log.warning("%d tensors of the file are not the encoder's and were left out: %s", len(rest), _few(rest))
+        log.warning("%d tensors of the file are not the encoder's and were left out: %s", len(rest), few(rest))
 
 
 def _check_state(config: EncoderConfig, state: State, names: dict[str, str]) -> None:
@@ -684,7 +766,7 @@ def _check_state(config: EncoderConfig, state: State, names: dict[str, str]) -> 
     missing = [name for name in expected if name not in state]
     if missing:
         raise NestedAttentionError(
-            f"The file lacks parts of the encoder: {_few(missing)}. It is incomplete: get it again, or export it again."
+            f"The file lacks parts of the encoder: {few(missing)}. It is incomplete: get it again, or export it again."
         )
     wrong = [name for name in state if name not in expected or state[name].shape != expected[name].shape]
     if wrong:
@@ -693,12 +775,12 @@ def _check_state(config: EncoderConfig, state: State, names: dict[str, str]) -> 
             + (f"expected {tuple(expected[name].shape)}" if name in expected else "not expected")
             for name in wrong
         ]
-        raise NestedAttentionError(f"Parts of the encoder don't fit together: {_few(details)}.")
+        raise NestedAttentionError(f"Parts of the encoder don't fit together: {few(details)}.")
     quantised = [name for name, tensor in state.items() if not tensor.is_floating_point()]
     if quantised:
         raise NestedAttentionError(
-            f"Weights should be floating-point numbers, but {_few([names[name] for name in quantised])} are "
-            f"{state[quantised[0]].dtype}. Quantised encoders are not supported: use the fp16, bf16 or fp32 file."
+            f"Weights should be floating-point numbers, but {few([names[name] for name in quantised])} are "
+            f"{state[quantised[0]].dtype}. {_USE_PLAIN}"
         )
 
 
@@ -709,39 +791,13 @@ _PLAIN_IP_ADAPTER = (
     "This is not a nested attention encoder: it is a plain IP-Adapter file, which makes its few tokens from the pooled "
     "image embedding. Of the IP-Adapter files only the Plus ones can be used (as an experimental encoder)."
 )
-_NO_FACE_ID = "It reads face recognition embeddings, not images."
-_OTHER_FILES = (
-    (r"ip_adapter\..*_lora\.|perceiver_resampler\.", "an IP-Adapter FaceID file", _NO_FACE_ID),
-    (r"^pulid_|^id_adapter", "a PuLID file", "Use it with that method's own nodes."),
-    (r"^id_encoder\.|^lora_weights\.", "a PhotoMaker file", "Use it with the PhotoMaker nodes."),
-    (r"(^|\.)lora_|_lora\.|\.lora\.|\.hada_w|\.lokr_w", "a LoRA", "It belongs in models/loras."),
-    (r"^control_model\.|controlnet_|input_hint_block", "a ControlNet", "It belongs in models/controlnet."),
-    (r"^model\.diffusion_model\.", "a full Stable Diffusion checkpoint", "It belongs in models/checkpoints."),
-    (
-        r"(down|up)_blocks\.\d+\.resnets\.|input_blocks\.\d+\.0\.in_layers",
-        "a diffusion U-Net",
-        "It belongs in models/diffusion_models.",
-    ),
-    (r"vision_model\.|(^|\.)visual\.(conv1|transformer)", "a CLIP vision model", "It belongs in models/clip_vision."),
-    (r"text_model\.|(^|\.)transformer\.resblocks", "a text encoder", "It belongs in models/text_encoders."),
-    (r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|mid|up)", "a VAE", "It belongs in models/vae."),
-    (r"^(emb_params|clip_[lg]|string_to_param\..*)$", "a textual inversion", "It belongs in models/embeddings."),
-)
 
 
 def _refusal(tensors: State) -> str:
     """Why a state dict is no encoder: what it looks like instead, or what is in it."""
-    face = next((tensors[key] for key in tensors if key.endswith("image_proj.proj.0.weight")), None)
-    if face is not None:
-        what, advice = (
-            ("an IP-Adapter FaceID file", _NO_FACE_ID)
-            if face.shape[-1] == 512
-            else ("an IP-Adapter Full Face file", "Of the IP-Adapter files only the Plus ones can be used.")
-        )
-        return f"This is not a nested attention encoder: it looks like {what}. {advice}"
-    for pattern, what, advice in _OTHER_FILES:
-        if any(re.search(pattern, key) for key in tensors):
-            return f"This is not a nested attention encoder: it looks like {what}. {advice}"
+    other = looks_like(tensors)
+    if other:
+        return f"This is not a nested attention encoder: it looks like {other[0]}. {other[1]}"
     held = f"{len(tensors)} tensors, such as {_show(tensors, list(tensors))}" if tensors else "no tensors at all"
     return (
         "This is not a nested attention encoder: expected a resampler (latents, proj_in, layers, proj_out, norm_out) "
@@ -755,110 +811,5 @@ def _natural(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
-def _few(items: list[str], most: int = 4) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
-
-
 def _show(tensors: State, keys: list[str]) -> str:
-    return _few([f"{key} {tuple(tensors[key].shape)}" for key in keys])
-
-
-def _flatten(state_dict: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a state dict under dotted names; old .bin files have dictionaries in dictionaries."""
-    for key, value in state_dict.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value.detach()
-        elif isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def _read_tensors(path: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
-    """The state dict of a file (flat or nested) and its metadata.
-
-    The kind of file is told by its content: downloads are often named wrongly, or are an error page.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(256)
-    except IsADirectoryError as error:
-        raise NestedAttentionError("This is a folder. Choose the .safetensors file inside.") from error
-    except OSError as error:
-        raise NestedAttentionError(f"The file can't be read ({error.strerror or error}). Full path: {path}") from error
-    # First, and by more than one byte: the header length it begins with can look like the start of anything else.
-    if start[5:9] == b"\0\0\0{":
-        return _read_safetensors(path, size)
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return _read_torch(path), {}
-    raise NestedAttentionError(_what_was_saved(start))
-
-
-def _what_was_saved(start: bytes) -> str:
-    """What a file that holds no weights is, from how it begins."""
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not start:
-        return "The file is empty: the download failed. Get it again."
-    if text.startswith(b"version https://git-lfs"):
-        return (
-            "This is a Git LFS pointer, a note that stands for the real file. Run `git lfs pull` where it was cloned, "
-            "or download the file itself."
-        )
-    if text.startswith((b"<", b"{")):
-        return (
-            f"The file is {'a web page' if text.startswith(b'<') else 'a JSON text'}, not weights: the site's answer "
-            f"was saved instead of the file. Download it again (some files need a log-in or an accepted licence)."
-        )
-    return (
-        f"This is neither a safetensors file nor a PyTorch .bin: it begins with {start[:8]!r}. Get it again, or "
-        f"convert it to safetensors."
-    )
-
-
-def _read_safetensors(path: Path, size: int) -> tuple[State, dict[str, str]]:
-    try:
-        whole = _safetensors_size(path, size)
-        if size >= whole:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise NestedAttentionError(f"The safetensors file is damaged ({error}). Get it again.") from error
-    raise NestedAttentionError(
-        f"The file is cut short: it has {size:,} of at least {whole:,} bytes. The download stopped early: get it again."
-    )
-
-
-def _safetensors_size(path: Path, size: int) -> int:
-    """How many bytes the file should have, by its header; at least the header's end when that is cut short itself."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if 8 + length > size:
-            return 8 + length
-        header = file.read(length)
-    ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
-    return 8 + length + max(ends, default=0)
-
-
-def _read_torch(path: Path) -> Mapping[str, Any]:
-    try:
-        with path.open("rb") as file:
-            mapped = file.read(2) == b"PK"  # the old format, a bare pickle, can't be memory-mapped
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise NestedAttentionError(
-            "The file holds Python objects besides tensors, which could run any code when opened, or it is damaged. "
-            "It was not opened. Get the encoder as safetensors, or export a .bin that holds tensors only."
-        ) from error
-    except Exception as error:  # PyTorch's reader ends in many ways on damaged bytes, IndexError among them
-        raise NestedAttentionError(
-            f"The PyTorch file is damaged or cut short ({str(error).splitlines()[0] if str(error) else 'no content'}). "
-            f"Get it again."
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise NestedAttentionError(
-            f"Expected a state dict (names and tensors), the file holds one {type(loaded).__name__}."
-        )
-    return loaded
+    return few([f"{key} {tuple(tensors[key].shape)}" for key in keys])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import read_encoder, write_state
+from .checkpoint import cast, read_encoder, write_state
 from .encoder import IMAGE_FEATURES, POOLED, VALUE_NORMS
 from .errors import NestedAttentionError
 
@@ -61,14 +61,7 @@ def convert(arguments: argparse.Namespace) -> None:
     if arguments.licence is not None:
         config = replace(config, licence=arguments.licence)
     if arguments.dtype:
-        dtype = DTYPES[arguments.dtype]
-        for name, tensor in state.items():
-            state[name] = tensor.to(dtype)
-            if not state[name].isfinite().all() and tensor.isfinite().all():
-                raise NestedAttentionError(
-                    f"{name} has values up to {tensor.abs().max().item():.4g}, which {arguments.dtype} can't hold. "
-                    f"Use --dtype bf16 or fp32."
-                )
+        cast(state, DTYPES[arguments.dtype], None, "Use --dtype bf16 or fp32.")
     write_state(target, config, state, keep_fingerprint=True)
     print(f"{source.name}: {config.title}")
     print(

@@ -31,6 +31,7 @@ _EYE_LEFT = (33, 160, 158, 133, 153, 144)
 _EYE_RIGHT = (362, 385, 387, 263, 373, 380)
 _MOUTH_LEFT, _MOUTH_RIGHT = 61, 291
 _MESH_POINTS = (468, 478)
+_ROUNDING = 1e-3  # what a mask may be outside of 0..1
 
 
 def prepare(
@@ -213,6 +214,8 @@ def _checked_image(image: Tensor) -> tuple[Tensor, Tensor | None]:
             f"An image must hold values from 0 to 1; this one goes up to {image[..., :3].max():.0f}. "
             "If it is in 0..255, divide by 255."
         )
+    if image[..., 3:].gt(2).any():  # overshoot of a resize is clamped as that of the colours is; this is no overshoot
+        _checked_range(image[..., 3], "alpha channel")
     image = image.clamp(0, 1)
     if image.shape[-1] == 3:
         return image, None
@@ -227,27 +230,16 @@ def _checked_image(image: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _checked_mask(mask: Tensor | None, rgb: Tensor) -> Tensor | None:
-    """(H', W'), (1 | B, H', W') or (B, 1, H', W') -> (B, H, W) fp32 0..1 at the image's size."""
+    """As `checked_mask` takes it, for 1 or B images and black in none of them -> (B, H, W) at the image's size."""
     if mask is None:
         return None
     batch, height, width = rgb.shape[:3]
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        mask = mask[None]
-    elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1:
-        mask = mask[:, 0]
-    if not isinstance(mask, Tensor) or mask.dim() != 3 or 0 in mask.shape:
-        raise NestedAttentionError(
-            f"A mask must be a tensor (batch, height, width) or (height, width); got {_describe(mask)}. "
-            "To use an image as a mask, convert it with Convert Image to Mask."
-        )
+    mask = checked_mask(mask).to(rgb.device)
     if mask.shape[0] not in (1, batch):
         raise NestedAttentionError(
             f"There are {batch} image(s) and {mask.shape[0]} masks. Give one mask for all images, or one mask for "
             "each image, in the same order."
         )
-    mask = mask.detach().to(device=rgb.device, dtype=torch.float32)
-    _checked_finite(mask, "mask")
-    mask = mask.clamp(0, 1)
     for i, peak in enumerate(mask.amax(dim=(1, 2)).tolist()):
         if peak <= 0:
             which = "The mask" if mask.shape[0] == 1 else f"Mask {i + 1} of {mask.shape[0]}"
@@ -260,11 +252,50 @@ def _checked_mask(mask: Tensor | None, rgb: Tensor) -> Tensor | None:
     return mask.expand(batch, -1, -1)
 
 
+def checked_mask(mask: Tensor) -> Tensor:
+    """A mask (M, H, W), (H, W) or (M, 1, H, W) of any type -> (M, H, W), fp32, 0..1.
+
+    Raises NestedAttentionError: another shape; no images or no pixels; NaN; values outside of 0..1.
+    """
+    values = mask
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        values = mask[None]
+    elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1:
+        values = mask[:, 0]
+    if not isinstance(values, Tensor) or values.dim() != 3 or 0 in values.shape:
+        advice = "To use an image as a mask, convert it with Convert Image to Mask."
+        if isinstance(values, Tensor) and values.dim() == 3:
+            advice = "It has no images or no pixels: look at the node that makes it."
+        raise NestedAttentionError(
+            f"A mask must be a tensor (images, height, width) or (height, width); got {_describe(mask)}. {advice}"
+        )
+    values = values.detach().float()
+    _checked_finite(values, "mask")
+    _checked_range(values, "mask")
+    return values.clamp(0, 1)  # what rounding left over
+
+
+def _checked_range(values: Tensor, name: str) -> None:
+    """Refused, not clamped: a mask of 0..255 would be a hard one, or a strength of 255."""
+    low, high = (value.item() for value in values.aminmax())
+    if -_ROUNDING <= low and high <= 1 + _ROUNDING:
+        return
+    if 2 < high <= 256:
+        advice = "It looks like 0..255: divide it by 255."
+    elif high > 256:
+        advice = "Divide it by the value that it has for white."
+    else:
+        advice = "Sums, differences and bicubic resizing leave that range: use Combine Masks, and resize bilinear."
+    raise NestedAttentionError(
+        f"The {name} must hold values from 0 (black) to 1 (white); this one goes from {low:.5g} to {high:.5g}. {advice}"
+    )
+
+
 def _checked_finite(values: Tensor, name: str) -> None:
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).flatten(1).any(dim=1).nonzero()[0])
         raise NestedAttentionError(
-            f"The {name} holds values that are not numbers (NaN or infinite), first in number {bad + 1} of "
+            f"The {name} has values that are not numbers (NaN or infinite), first in number {bad + 1} of "
             f"{values.shape[0]}. The node that made it failed (a VAE in fp16 often does this): make it again."
         )
 

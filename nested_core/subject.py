@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import struct
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from .errors import NestedAttentionError
+from .files import Weights, few, looks_like, open_weights, save_tensors
 
 if TYPE_CHECKING:
     from .encoder import EncoderConfig
@@ -31,7 +27,9 @@ SUFFIX = ".safetensors"
 _ADVICE = "Choose a file that Save Subject wrote."
 _MAX_LENGTH = 64
 _WEIGHTS = (1e-6, 1e6)
-_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
+_OF_AN_ENCODER = re.compile(
+    r"(^|\.)(image_proj|image_proj_model|ip_adapter|adapter_modules|resampler|qformer|to_k|to_v)(\.|$)"
+)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -307,8 +305,8 @@ def _encoder_name(title: str, fingerprint: str) -> str:
 def save_subject(path: str | os.PathLike[str], subject: Subject) -> Path:
     """Writes a subject as safetensors: the tensors as they are, everything else as metadata.
 
-    The file appears whole or not at all: it is written beside its place under another name, flushed to the disk and
-    moved. An existing file is replaced. The time of the first save is kept under "created" in the provenance.
+    The file appears whole or not at all; an existing one is replaced. The time of the first save is kept under
+    "created" in the provenance.
 
     Args:
         path: ends in ".safetensors"; its folder exists.
@@ -334,27 +332,10 @@ def save_subject(path: str | os.PathLike[str], subject: Subject) -> Path:
         "views": str(subject.views),
         "provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True),
     }
-    tensors = {"tokens": subject.tokens.to("cpu").contiguous()}
+    tensors = {"tokens": subject.tokens}
     if subject.token_weights is not None:
-        tensors["token_weights"] = subject.token_weights.to("cpu").contiguous()
-    content = safetensors.torch.save(tensors, metadata)
-    # Not tempfile: its files are readable by their owner only, and would stay so after the move.
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise NestedAttentionError(
-                f"The subject could not be saved as {path}: {error.strerror or error}. Check that the folder "
-                f"{path.parent} exists, can be written to, and has {len(content) / 1e6:.1f} MB free."
-            ) from error
-        raise
+        tensors["token_weights"] = subject.token_weights
+    save_tensors(path, tensors, metadata, "subject")
     return path
 
 
@@ -379,14 +360,20 @@ def load_subject(
     # Checked before the file is opened: their faults are not the file's.
     placeholder = validate_placeholder(placeholder) if placeholder is not None and placeholder.strip() else None
     class_word = validate_class_word(class_word) if class_word is not None and class_word.strip() else None
-    header = _read_header(path)
-    metadata = header.get("__metadata__", {})
+    if not os.path.lexists(path) or path.is_dir():
+        here = sorted(file.name for file in path.parent.glob(f"*{SUFFIX}")) if path.parent.is_dir() else []
+        there = f"The folder holds {few(here)}." if here else f"There is no {SUFFIX} file in that folder."
+        raise NestedAttentionError(f"There is no saved subject {path.name} in {path.parent}. {there}")
+    try:
+        weights = open_weights(path, pickled=False)
+        tensors = weights.read({"tokens", "token_weights"} & weights.tensors.keys())
+    except NestedAttentionError as error:
+        raise NestedAttentionError(f"{path.name}: {error} {_ADVICE}") from error.__cause__
+    metadata = weights.metadata
     if metadata.get("format") != FORMAT:
-        raise NestedAttentionError(f"{path.name} is not a saved subject: {_looks_like(header, metadata)}. {_ADVICE}")
+        raise NestedAttentionError(f"{path.name} is not a saved subject: {_looks_like(weights)}. {_ADVICE}")
     _check_version(path, metadata.get("version"))
     try:
-        # Not safe_open: its tensors stay tied to the file, which then cannot be replaced on Windows.
-        tensors = safetensors.torch.load(path.read_bytes())
         views = int(metadata["views"])
         provenance = json.loads(metadata.get("provenance", "{}"))
         subject = Subject(
@@ -400,7 +387,7 @@ def load_subject(
             token_weights=tensors.get("token_weights"),
             provenance={str(key): str(value) for key, value in provenance.items()},
         )
-    except (KeyError, AttributeError, ValueError, RecursionError, OSError, safetensors.SafetensorError) as error:
+    except (KeyError, AttributeError, ValueError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise NestedAttentionError(
             f"{path.name} is a saved subject, but damaged: {reason.rstrip('.')}. Save the subject again."
@@ -439,87 +426,16 @@ def _check_encoder(path: Path, subject: Subject, config: EncoderConfig) -> None:
         )
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file; nothing of a large file that is not ours is read beyond it."""
-    if not path.is_file():
-        here = sorted(file.name for file in path.parent.glob(f"*{SUFFIX}")) if path.parent.is_dir() else []
-        there = f"The folder holds {_listed(here)}." if here else f"There is no {SUFFIX} file in that folder."
-        raise NestedAttentionError(f"There is no saved subject {path.name} in {path.parent}. {there}")
-    try:
-        length = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(256)
-            size = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-            if not 2 <= size <= _HEADER_LIMIT or start[8:9] != b"{":
-                raise NestedAttentionError(f"{path.name} is not a saved subject: {_looks_like_bytes(start)}. {_ADVICE}")
-            file.seek(8)
-            text = file.read(size)
-    except OSError as error:
-        raise NestedAttentionError(f"{path} could not be read: {error.strerror or error}.") from error
-    truncated = NestedAttentionError(
-        f"{path.name} is cut off or damaged: it has {length} bytes, fewer than its header announces. Copy or download "
-        "it again, or save the subject again."
-    )
-    if len(text) < size:
-        raise truncated
-    try:
-        header = json.loads(text)
-        end = max(
-            (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0
-        )
-        if not isinstance(header.get("__metadata__", {}), dict):
-            raise TypeError("metadata")
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise NestedAttentionError(f"{path.name} is not a saved subject: its header is damaged. {_ADVICE}") from error
-    if length < 8 + size + end:
-        raise truncated
-    return header
-
-
-def _looks_like_bytes(start: bytes) -> str:
-    text = start.lstrip().lower()
-    if not start:
-        return "it is empty"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page, saved in place of a download"
-    if text.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, the real file was never fetched"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return "it looks like a pickled file (.bin, .pt, .ckpt, .ipadpt)"
-    if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")):
-        return "it is a picture"
-    return "it is not a safetensors file"
-
-
-_SIGNS = (
-    # Most telling first: a checkpoint holds text encoders too, a LoRA names the layers of a U-Net.
-    (r"\.lora_(up|down|A|B)\b|^lora_|\.hada_w|\.lokr_w", "it looks like a LoRA"),
-    (r"^(input_hint_block|control_model|controlnet_)", "it looks like a ControlNet"),
-    (r"^model\.diffusion_model\.", "it looks like a checkpoint (a whole diffusion model)"),
-    (r"(^|\.)(image_proj|image_proj_model|ip_adapter|adapter_modules|resampler|qformer|to_k|to_v)(\.|$)",
-     "it looks like an encoder or an IP-Adapter file; encoders are opened with Load Nested Encoder"),
-    (r"^vision_model\.|^visual\.", "it looks like a CLIP vision model"),
-    (r"text_model\.|^transformer\.resblocks|^text_projection", "it looks like a text encoder"),
-    (r"^(clip_l|clip_g|emb_params)$|^string_to_param", "it looks like a textual inversion embedding"),
-    (r"^(first_stage_model|encoder\.conv_in|decoder\.conv_in|encoder\.down_blocks)", "it looks like a VAE"),
-    (r"^(down_blocks|input_blocks|double_blocks|transformer_blocks)\.", "it looks like a diffusion model"),
-)  # fmt: skip
-
-
-def _looks_like(header: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    kind = str(metadata.get("format", ""))
+def _looks_like(weights: Weights) -> str:
+    kind = weights.metadata.get("format", "")
     if kind.startswith("nested_attention."):
         kind = kind.removeprefix("nested_attention.")
         hint = "; open it with Load Nested Encoder" if kind == "encoder" else ""
         return f"it is a Nested Attention {kind} file{hint}"
-    names = [name for name in header if name != "__metadata__"]
-    for pattern, answer in _SIGNS:
-        sign = re.compile(pattern)
-        if any(sign.search(name) for name in names):
-            return answer
-    return f"it holds {len(names)} other tensor(s): {_listed(names)}" if names else "it holds no tensors"
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    names = list(weights.tensors)
+    other = looks_like(weights.tensors)
+    if other:
+        return f"it looks like {other[0]}"
+    if any(_OF_AN_ENCODER.search(name) for name in names):
+        return "it looks like an encoder or an IP-Adapter file; encoders are opened with Load Nested Encoder"
+    return f"it holds {len(names)} other tensor(s): {few(names)}" if names else "it holds no tensors"

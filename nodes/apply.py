@@ -13,6 +13,7 @@ from ..nested_core.errors import NestedAttentionError
 from ..nested_core.hosts.comfy.apply import apply_subject
 from ..nested_core.hosts.comfy.unet import unet_layers_of
 from ..nested_core.hosts.comfy.values import Application, HostSubject
+from ..nested_core.images import checked_mask
 from ..nested_core.layer_weights import parse_layer_weights
 from ..nested_core.prompt import Placeholder
 from .types import CATEGORY, NestedSubject
@@ -23,15 +24,10 @@ log = logging.getLogger(__name__)
 
 
 def _checked_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """(M, H, W), or None. A mask of one image may come as (H, W)."""
+    """`checked_mask`; one that is black everywhere is allowed, and said."""
     if mask is None:
         return None
-    if mask.ndim == 2:
-        mask = mask[None]
-    if mask.ndim != 3:
-        raise NestedAttentionError(f"The mask has the shape {tuple(mask.shape)}; expected (images, height, width).")
-    if not mask.isfinite().all():
-        raise NestedAttentionError("The mask has values that are not numbers (NaN or infinite): look where it is made.")
+    mask = checked_mask(mask)
     if not mask.any():
         log.warning("The mask of a subject is black everywhere: the subject acts nowhere.")
     return mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from ..nested_core.images import content_hash, prepare
 from ..nested_core.subject import Subject, merge_subjects, validate_class_word, validate_placeholder
 from .types import CATEGORY, NestedEncoder, NestedSubject
 
+log = logging.getLogger(__name__)
+
 PLACEHOLDER_TOOLTIP = (
     "The word you write in the prompt where the subject belongs. In angle brackets it can't be mistaken for an "
     "ordinary word; a plain word (man) binds to that word where it stands. Each subject needs its own."
@@ -22,6 +25,23 @@ CLASS_WORD_TOOLTIP = (
     'What the subject is, in plain English: person, woman, dog, "golden retriever". The text encoder reads this '
     "instead of the placeholder. Write a kind of thing, not a name. Not used with a plain-word placeholder."
 )
+
+
+MANY_VIEWS = 12
+"""More photos of one subject than people have at hand: a batch of more is most likely a video. With 1024 tokens a view
+it is also where each step takes about half as long again, and keys and values about 4 GB."""
+
+
+def _warn_of_many_views(views: int, tokens: int, encoder: HostEncoder) -> None:
+    """Says in the log what `tokens` of `views` views, in all, will cost; not for a number that is usual."""
+    if views > MANY_VIEWS:
+        gigabytes = tokens * sum(encoder.config.widths) * 2 * 2 / 1e9  # K̈ and V̈, two bytes each
+        log.warning(
+            "This subject has %d views: %s tokens, which every layer looks at in every step, and about %.2g GB of keys "
+            "and values in fp16. Each view makes sampling slower. If these are the frames of a video, take a few that "
+            "differ.",
+            views, f"{tokens:,}", gigabytes,
+        )  # fmt: skip
 
 
 class NestedEncodeSubject(io.ComfyNode):
@@ -80,6 +100,7 @@ class NestedEncodeSubject(io.ComfyNode):
     ) -> io.NodeOutput:
         placeholder, class_word = validate_placeholder(placeholder), validate_class_word(class_word)
         seen = prepare(image, mask, fit, clip_vision.image_size)
+        _warn_of_many_views(len(seen), len(seen) * encoder.config.tokens, encoder)
         features = vision_features(encoder, clip_vision, seen)
         tokens = encode_tokens(encoder, features)
         subject = Subject(
@@ -147,6 +168,7 @@ class NestedMergeSubjects(io.ComfyNode):
                     f'"{", ".join(["1"] * len(hosted))}", or nothing.'
                 ) from error
         merged = merge_subjects([h.subject for h in hosted], numbers)
+        _warn_of_many_views(merged.views, merged.tokens.shape[1], hosted[0].encoder)
         views: tuple[View, ...] = ()
         if all(h.views for h in hosted):  # in the order of the tokens, which those of weight 0 are not among
             views = tuple(v for h, w in zip(hosted, numbers or [1.0] * len(hosted), strict=True) if w for v in h.views)

@@ -43,10 +43,23 @@ def find(folder: str, name: str, what: str, advice: str) -> str:
     path = folder_paths.get_full_path(folder, name)
     if path is not None:
         return path
-    searched = ", ".join(folder_paths.get_folder_paths(folder))
-    present = folder_paths.get_filename_list(folder)
+    folders = folder_paths.get_folder_paths(folder)
+    # The host lists links whether or not anything is where they lead.
+    links = {n: p for n in folder_paths.get_filename_list(folder) if (p := _dead_link(folders, n))}
+    if name in links:
+        raise NestedAttentionError(
+            f"The {what} {name!r} is a link to {os.readlink(links[name])}, and nothing is there: put the file back (is "
+            f"that disk connected?), or make the link anew. The link: {links[name]}"
+        )
+    present = [n for n in folder_paths.get_filename_list(folder) if n not in links]
     there = f"There: {', '.join(present)}." if present else "There is no such file yet."
-    raise NestedAttentionError(f"No {what} named {name!r} in {searched}. {there} {advice}")
+    raise NestedAttentionError(f"No {what} named {name!r} in {', '.join(folders)}. {there} {advice}")
+
+
+def _dead_link(folders: list[str], name: str) -> str | None:
+    """The path of a listed file that is a link to nothing; None where one of the folders has it."""
+    paths = [os.path.join(folder, name) for folder in folders]
+    return None if any(map(os.path.exists, paths)) else next(filter(os.path.islink, paths), None)
 
 
 def check_choice(folder: str, name: str | None, what: str, advice: str) -> bool | str:

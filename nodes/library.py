@@ -47,7 +47,6 @@ class NestedSaveSubject(io.ComfyNode):
     @classmethod
     def execute(cls, subject: HostSubject, filename_prefix: str) -> io.NodeOutput:
         base = subjects_output()
-        os.makedirs(base, exist_ok=True)
         if not filename_prefix.strip(" /\\."):
             raise NestedAttentionError('filename_prefix is empty: give the file a name, such as "anna".')
         # The host's own function raises a bare Exception for a prefix that leads out of the folder: say it first.
@@ -56,7 +55,15 @@ class NestedSaveSubject(io.ComfyNode):
                 f'filename_prefix is "{filename_prefix}"; it must stay below {base}: use a name like "anna" or '
                 '"family/anna".'
             )
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, base)
+        try:
+            os.makedirs(base, exist_ok=True)
+            folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, base)
+        except OSError as error:  # "file exists", where a link leads nowhere
+            raise NestedAttentionError(
+                f"The folder for {filename_prefix!r} below {base} can't be used ({error.strerror or error}: "
+                f"{error.filename}). If it is a link, put back what it leads to (is that disk connected?), or remove "
+                "it; else check that it is a folder that can be written to."
+            ) from error
         file = f"{name}_{counter:05}_.safetensors"
         save_subject(os.path.join(folder, file), subject.subject)
         return io.NodeOutput(ui=show_text(cls, f"Saved {os.path.join(SUBJECTS, subfolder, file)}"))

@@ -25,7 +25,8 @@ import torch
 from _setup import REPO
 
 sys.path.insert(0, str(REPO))
-with atheris.instrument_imports(include=["nested_core.checkpoint", "nested_core.subject", "nested_core.encoder"]):
+READERS = [f"nested_core.{name}" for name in ("files", "checkpoint", "subject", "encoder")]
+with atheris.instrument_imports(include=READERS):
     from nested_core.checkpoint import identify, read_encoder, write_encoder
     from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
     from nested_core.errors import NestedAttentionError

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,6 +80,7 @@ def contact_sheet(server: Server, names: dict[str, str], seed: int) -> Path:
     Returns the sheet's file; the single pictures are in the server's output folder too.
     """
     import small_world
+    from nested_core.files import whole
 
     figures = small_world.held_out_figures(seed, 2, "robot") + small_world.held_out_figures(seed, 2, "creature")
     robots, creatures = (small_world.write_portraits(part, server.input) for part in (figures[:2], figures[2:]))
@@ -105,9 +105,8 @@ def contact_sheet(server: Server, names: dict[str, str], seed: int) -> Path:
         cells += [(picture(subjects, scene, bound=True), f"{', '.join(scene)}: with it") for scene in scenes]
         drawn.append(cells)
     path = server.output / SHEET
-    temporary = path.with_suffix(".part.png")
-    _lay_out(drawn).save(temporary)
-    os.replace(temporary, path)
+    with whole(path) as part:
+        _lay_out(drawn).save(part, "PNG")
     return path
 
 

@@ -10,7 +10,6 @@ The shapes come from ComfyUI's own classes on the meta device: `comfy` must be i
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -265,9 +264,11 @@ def write_photo(path: Path) -> None:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part.png")
-    Image.fromarray(skimage.data.astronaut()).save(temporary)
-    os.replace(temporary, path)
+    _use_nested_core()
+    from nested_core.files import whole
+
+    with whole(path) as part:
+        Image.fromarray(skimage.data.astronaut()).save(part, "PNG")
 
 
 def _use_nested_core() -> None:
@@ -277,12 +278,11 @@ def _use_nested_core() -> None:
 
 
 def _write(path: Path, recipe: str, state_dict: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
+    _use_nested_core()
+    from nested_core.files import save_tensors
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, temporary)
-    os.replace(temporary, path)
+    save_tensors(path, state_dict, None, "model")
     _mark(path, recipe)
 
 

@@ -6,7 +6,6 @@ The models are small ones that `demo/train.py` trained from nothing on drawn rob
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import sys
@@ -24,6 +23,7 @@ DEMO = REPO / "demo"
 sys.path += [str(folder) for folder in (DEMO, REPO) if str(folder) not in sys.path]
 
 import world  # noqa: E402
+from nested_core.files import whole  # noqa: E402
 from shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, VISION, WEIGHTS  # noqa: E402
 
 SIZE = world.SIZE
@@ -51,9 +51,8 @@ def provide_models(models: Path, weights: Path = WEIGHTS) -> dict[str, str]:
         if placed.is_file() and placed.read_bytes() == shipped.read_bytes():
             continue
         placed.parent.mkdir(parents=True, exist_ok=True)
-        temporary = placed.with_suffix(".part")
-        shutil.copyfile(shipped, temporary)
-        os.replace(temporary, placed)
+        with whole(placed) as part:
+            shutil.copyfile(shipped, part)
     return {
         "ckpt_name": CHECKPOINT, "clip_name": VISION, "encoder_name": ENCODER, "control_net_name": CONTROLNET,
         "lora_name": LORA,

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..errors import NestedAttentionError
+from ..files import open_weights
 from ..hosts.diffusers import cross_attention
 from ..layers import FAMILIES, Family, family_of
 from .config import BaseConfig
@@ -217,11 +217,9 @@ def _statistics_of(path: str) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def _tower_of_file(path: str) -> Any:
-    with safe_open(path, "pt") as file:
-        names = set(file.keys())
-    state = {name: tensor for name, tensor in load_file(path).items() if not name.endswith("position_ids")}
-    if "vision_model.embeddings.class_embedding" not in names:
-        raise ValueError(f"it has no CLIP vision tower; its first tensors are {', '.join(sorted(names)[:4])}")
+    state = {name: tensor for name, tensor in open_weights(path).read().items() if not name.endswith("position_ids")}
+    if "vision_model.embeddings.class_embedding" not in state:
+        raise ValueError(f"it has no CLIP vision tower; its first tensors are {', '.join(sorted(state)[:4])}")
     patches, projection = state["vision_model.embeddings.patch_embedding.weight"], state["visual_projection.weight"]
     hidden, patch = patches.shape[0], patches.shape[-1]
     if hidden not in _TOWERS:
@@ -230,7 +228,7 @@ def _tower_of_file(path: str) -> Any:
     config = CLIPVisionConfig(
         hidden_size=hidden,
         intermediate_size=state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=sum(name.endswith("self_attn.q_proj.weight") for name in names),
+        num_hidden_layers=sum(name.endswith("self_attn.q_proj.weight") for name in state),
         patch_size=patch,
         image_size=grid * patch,
         projection_dim=projection.shape[0],

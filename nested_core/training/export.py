@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from ..checkpoint import BASELINE, FORMAT, identify, write_state
+from ..checkpoint import BASELINE, FORMAT, load_encoder, write_state
 from ..encoder import NestedEncoder
-from ..errors import NestedAttentionError
+from ..files import open_weights
 from .model import SubjectDenoiser
 
 
@@ -31,14 +30,5 @@ def load_trained(path: str | Path, dtype: torch.dtype | None = None) -> tuple[st
 
     Raises NestedAttentionError when it is not such a file.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:
-        raise NestedAttentionError(f"Could not read the encoder {path}: {error}.") from error
-    method = "decoupled" if metadata.get("format") == BASELINE else "nested"
-    config, state = identify(tensors, {**metadata, "format": FORMAT} if method == "decoupled" else metadata)
-    encoder = NestedEncoder.from_config(config, device="meta")
-    encoder.load_state_dict({name: tensor.to(dtype=dtype) for name, tensor in state.items()}, assign=True)
-    return method, encoder.eval().requires_grad_(False)
+    method = "decoupled" if open_weights(path).metadata.get("format") == BASELINE else "nested"
+    return method, load_encoder(path, dtype=dtype, baseline=True)

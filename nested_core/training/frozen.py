@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import open_weights, save_tensors
 from .base import BaseModel
 from .examples import Batch
 from .model import Conditions
@@ -60,14 +58,12 @@ class DiskCache:
 
     def get(self, key: str) -> Entry | None:
         path = self._path(key)
-        return load_file(path) if path.exists() else None
+        return open_weights(path).read() if path.exists() else None
 
     def put(self, key: str, entry: Entry) -> None:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{secrets.token_hex(4)}.part")
-        save_file(entry, temporary)
-        os.replace(temporary, path)
+        save_tensors(path, entry, None, "cache's entry")
 
 
 def _bytes(entry: Entry) -> int:

@@ -397,8 +397,8 @@ def test_apply_refuses_what_it_cannot_use(sdxl, refused):
         sdxl.apply(start_percent=0.8, end_percent=0.2)
     with refused("mask has values that are not numbers"):
         sdxl.apply(mask=torch.full((1, 8, 8), float("nan")))
-    with refused(r"mask has the shape \(1, 1, 8, 8\)"):
-        sdxl.apply(mask=torch.zeros(1, 1, 8, 8))
+    with refused(r"mask must be a tensor \(images, height, width\).*got shape \(1, 8, 8, 3\)"):
+        sdxl.apply(mask=torch.zeros(1, 8, 8, 3))
     with refused('layer_weights: "output" is not an entry'):
         sdxl.apply_advanced(layer_weights="output")
     with refused(r'"output.7" selects no layer of this model. It has input.4 \(0-1\).*output.5 \(0-1\)'):

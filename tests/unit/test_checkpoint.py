@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nested_core import files
 from nested_core.checkpoint import fingerprint, identify, load_encoder, read_encoder, write_encoder
 from nested_core.convert import main as convert
 from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
@@ -519,9 +521,9 @@ def test_load_in_another_dtype(tmp_path: Path) -> None:
 def test_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     encoder = NestedEncoder.from_config(TINY_POOLED)
     (tmp_path / "taken").mkdir()
-    with pytest.raises(NestedAttentionError, match="Could not write the encoder to .*taken"):
+    with pytest.raises(NestedAttentionError, match="The encoder could not be saved as .*taken"):
         write_encoder(tmp_path / "taken", encoder)
-    with pytest.raises(NestedAttentionError, match="Check that the folder exists"):
+    with pytest.raises(NestedAttentionError, match="Check that the folder .*no folder exists"):
         write_encoder(tmp_path / "no folder" / "e.safetensors", encoder)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
@@ -762,10 +764,10 @@ T = torch.zeros(2, 2)
                 "first_stage_model.encoder.conv_in.weight",
                 "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
             ],
-            "a full Stable Diffusion checkpoint",
+            "a checkpoint (a whole diffusion model)",
             "models/checkpoints",
         ),
-        (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "a diffusion U-Net", "models/diffusion_models"),
+        (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "a diffusion model", "models/diffusion_models"),
         (["vision_model.encoder.layers.0.self_attn.k_proj.weight"], "a CLIP vision model", "models/clip_vision"),
         (["visual.transformer.resblocks.0.attn.in_proj_weight"], "a CLIP vision model", "models/clip_vision"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "a text encoder", "models/text_encoders"),
@@ -912,7 +914,7 @@ def test_resampler_of_other_sizes() -> None:
 def test_resampler_parts_that_would_change_the_result() -> None:
     file = foreign(weights(TINY)) | {"image_proj_model.pos_emb.weight": torch.zeros(257, 24)}
     said = message(file)
-    assert "parts this pack does not know: image_proj_model.pos_emb.weight (257, 24)" in said
+    assert "parts of the encoder that this pack does not know: image_proj_model.pos_emb.weight (257, 24)" in said
     assert "would change the result" in said
 
 
@@ -920,7 +922,122 @@ def test_quantised_weights() -> None:
     file = {name: tensor.to(torch.int8) for name, tensor in foreign(weights(TINY)).items()}
     said = message(file)
     assert "should be floating-point numbers, but image_proj_model.latents" in said
-    assert "are torch.int8. Quantised encoders are not supported" in said
+    assert "are torch.int8. Of quantised encoders, fp8 with one scale a weight can be read" in said
+
+
+def fp8(state: State, scale: str, dtype: torch.dtype = torch.float8_e4m3fn, rows: bool = False) -> State:
+    """Every matrix of a file as scaled fp8, as ComfyUI's "fp8_scaled" files have them."""
+    file = dict(state)
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and name.endswith("weight"):
+            peak = tensor.abs().amax(1, keepdim=True) if rows else tensor.abs().max()
+            factor = peak / torch.finfo(dtype).max
+            file[name] = (tensor / factor).to(dtype)
+            file[f"{name.removesuffix('weight')}{scale}"] = factor
+    return file
+
+
+def wanted_of_fp8(state: State, file: State, scale: str) -> State:
+    """What `fp8` keeps of the weights, computed apart from the reader; names as `foreign` gives them."""
+    return {
+        name: file[name].float() * file[f"{name.removesuffix('weight')}{scale}"]
+        if file[name].dtype.itemsize == 1
+        else file[name]
+        for name in state
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
+def test_scaled_fp8_is_read_with_its_scales(tmp_path: Path, scale: str, rows: bool, dtype: torch.dtype) -> None:
+    """Both generations of ComfyUI's names, with what stands beside them."""
+    state = {name: tensor * 3 for name, tensor in foreign(weights(TINY)).items()}
+    file = fp8(state, scale, dtype, rows)
+    expected = identify(wanted_of_fp8(state, file, scale))[1]
+    assert max((expected[n] - w).abs().max() for n, w in identify(state)[1].items()) < 1, "some fp8 is left of them"
+    first = "adapter_modules.1.to_k_nest."
+    file |= (
+        {"scaled_fp8": torch.zeros(2, dtype=dtype), f"{first}scale_input": torch.tensor(2.0)}
+        if scale == "scale_weight"
+        else {f"{first}comfy_quant": torch.zeros(9, dtype=torch.uint8), f"{first}input_scale": torch.tensor(2.0)}
+    )
+    save_file(file, tmp_path / "e.safetensors")
+    torch.save(nest(file), tmp_path / "e.bin")
+    for read in (read_encoder(tmp_path / "e.safetensors"), read_encoder(tmp_path / "e.bin"), identify(file)):
+        assert_same(read[1], expected)
+        assert read[0].tokens == TINY.tokens and read[0].fingerprint == fingerprint(expected)
+    half = load_encoder(tmp_path / "e.safetensors", dtype=torch.float16).state_dict()
+    assert_same(half, {name: tensor.half() for name, tensor in expected.items()})
+
+
+def test_fp8_without_scales_is_read_as_it_is() -> None:
+    file = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in foreign(weights(TINY)).items()}
+    state = identify(file)[1]
+    assert {tensor.dtype for tensor in state.values()} == {torch.float8_e4m3fn}
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "said"),
+    [
+        ("to_k_nest.weight_scale", torch.ones(8, 2), "torch.float32 of the shape (8, 2) for adapter_modules.5.to_k"),
+        ("to_k_nest.weight_scale", torch.ones(8, 1, dtype=torch.uint8), "got torch.uint8 of the shape (8, 1)"),
+        ("to_k_nest.weight_scale_2", torch.ones(()), "The file has adapter_modules.5.to_k_nest.weight_scale_2, of a"),
+        ("to_k_nest.weight_scale_inv", torch.ones(1, 1), "of a quantisation this pack does not know"),
+        ("to_k_nest.scale", torch.ones(()), "this pack does not know: adapter_modules.5.to_k_nest.scale ()"),
+    ],
+)
+def test_other_quantisations_are_refused(name: str, made: Tensor, said: str) -> None:
+    file = fp8(foreign(weights(TINY)), "weight_scale") | {f"adapter_modules.5.{name}": made}
+    text = message(file)
+    assert said in text and ("fp16, bf16 or fp32 file" in text or "not loaded" in text)
+
+
+def test_a_scale_of_weights_that_are_not_fp8_is_refused() -> None:
+    file = foreign(weights(TINY)) | {"adapter_modules.5.to_k_nest.scale_weight": torch.tensor(0.5)}
+    assert "belongs to an fp8 weight, got torch.float32 of the shape () for adapter_modules.5.to_k_nest.weight" in (
+        message(file)
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    file = foreign(weights(TINY))
+    for name in ("adapter_modules.5.to_v_nest.weight", "image_proj_model.latents"):
+        file[name].view(-1)[-1] = value
+    save_file({name: tensor.to(dtype) for name, tensor in file.items()}, tmp_path / "e.safetensors")
+    said = read_message(tmp_path / "e.safetensors")
+    assert "not numbers (NaN or infinite), in image_proj_model.latents, adapter_modules.5.to_v_nest.weight. " in said
+    assert "get it again" in said
+
+
+def test_values_that_the_type_of_the_run_cannot_hold_are_refused(tmp_path: Path) -> None:
+    file = foreign(weights(TINY))
+    file["adapter_modules.5.to_v_nest.weight"][0, 0] = -1e6
+    save_file(file, tmp_path / "e.safetensors")
+    with pytest.raises(NestedAttentionError) as caught:
+        load_encoder(tmp_path / "e.safetensors", dtype=torch.float16)
+    assert str(caught.value) == (
+        "e.safetensors: to_v.2.weight has values up to 1e+06, which fp16 can't hold. Load it in bf16 or fp32 (ComfyUI: "
+        "start it with --force-fp32)."
+    )
+    assert load_encoder(tmp_path / "e.safetensors", dtype=torch.bfloat16).to_v[2].weight.isfinite().all()
+
+
+def test_only_the_encoder_is_read_of_a_larger_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training checkpoint holds the U-Net too."""
+    file = foreign(weights(TINY)) | {"unet.down_blocks.0.resnets.0.conv1.weight": torch.randn(8, 8, 3, 3)}
+    save_file(file, tmp_path / "e.safetensors")
+    read, original = [], files._read_tensor
+
+    def note(file: BinaryIO, place: int, shape: Tensor) -> Tensor:
+        read.append(shape.shape)
+        return original(file, place, shape)
+
+    monkeypatch.setattr(files, "_read_tensor", note)
+    assert_same(read_encoder(tmp_path / "e.safetensors")[1], weights(TINY))
+    assert len(read) == len(file) - 1 and (8, 8, 3, 3) not in read
 
 
 def test_file_name_is_in_every_message_of_the_reader(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from skimage.transform import rotate
 from torch import Tensor
 
 from nested_core.errors import NestedAttentionError
-from nested_core.images import NEUTRAL, align_face, content_hash, crop_to_subject, prepare
+from nested_core.images import NEUTRAL, align_face, checked_mask, content_hash, crop_to_subject, prepare
 
 NEUTRAL_PIXEL = torch.tensor(NEUTRAL)
 EYE_LEFT, EYE_RIGHT = (33, 160, 158, 133, 153, 144), (362, 385, 387, 263, 373, 380)
@@ -253,6 +253,7 @@ BAD_IMAGES = [
     (torch.cat((torch.rand(1, 8, 8, 3), torch.full((1, 8, 8, 3), torch.nan))), ["NaN", "number 2 of 2"]),
     (torch.full((1, 8, 8, 3), torch.inf), ["infinite", "number 1 of 1"]),
     (torch.cat((torch.rand(1, 8, 8, 3), torch.zeros(1, 8, 8, 1)), -1), ["Image 1 of 1", "alpha", "invert"]),
+    (torch.cat((torch.rand(1, 8, 8, 3), torch.full((1, 8, 8, 1), 255.0)), -1), ["alpha channel", "divide it by 255"]),
 ]
 
 
@@ -273,6 +274,13 @@ BAD_MASKS = [
     (torch.ones(8), ["(8,)", "(height, width)"]),
     (torch.full((8, 8), torch.nan), ["mask", "NaN"]),
     ([1, 2], ["a list"]),
+    (torch.eye(8) * 255, ["0 (black) to 1 (white)", "0 to 255", "divide it by 255"]),
+    (torch.eye(8, dtype=torch.uint8) * 255, ["0 to 255", "divide it by 255"]),
+    (torch.eye(8) * 65535, ["0 to 65535", "value that it has for white"]),
+    (torch.eye(8) * 1.5, ["0 to 1.5", "Sums", "Combine Masks"]),
+    (torch.eye(8) - 0.5, ["-0.5 to 0.5", "differences", "Combine Masks"]),
+    (torch.ones(0, 8, 8), ["(0, 8, 8)", "no images or no pixels"]),
+    (torch.ones(2, 0, 8), ["(2, 0, 8)", "no images or no pixels"]),
 ]
 
 
@@ -283,6 +291,13 @@ def test_bad_masks_are_refused_in_words(mask: Any, words: list[str]) -> None:
         with pytest.raises(NestedAttentionError) as error:
             call(image, mask)
         assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("mask", [torch.eye(8) > 0, torch.eye(8, dtype=torch.int64), torch.eye(8) * 1.0005 - 0.0002])
+def test_masks_of_other_types_and_what_rounding_leaves_are_fine(mask: Tensor) -> None:
+    image = torch.rand(1, 8, 8, 3)
+    torch.testing.assert_close(prepare(image, mask), prepare(image, torch.eye(8)), atol=1e-3, rtol=0)
+    assert 0 <= checked_mask(mask).min() and checked_mask(mask).max() <= 1
 
 
 def test_a_mask_of_transparent_pixels_is_refused() -> None:
