@@ -18,6 +18,58 @@ _SIGNS = {"passed": "yes", "skipped": "no such node", "failed": "**fails**"}
 _ORDER = ("Other packs", "Prompt", "Conditioning", "Weights", "Guidance", "Picture", "Speed", "Sampling", "Host")
 
 
+#: Other packs' own code, tried by hand: (repository, its state, what was tried, how it went).
+TRIED_ON = "2026-11-25, in ComfyUI 0.30.0 with models of random weights"
+TRIED = [
+    ("BlenderNeko/ComfyUI_ADV_CLIP_emb", "2024-04-09", "five weightings, SDXL and SD 1.5, two texts", "right rows"),
+    (
+        "shiimizu/ComfyUI_smZNodes",
+        "2025-06-04",
+        "six parsers, old and new emphasis, SDXL and SD 1.5",
+        "right rows; *full* takes `<` off weighted words, which is refused with a message: `@anna` passes",
+    ),
+    (
+        "asagi4/comfyui-prompt-control",
+        "2026-08-22",
+        "AVG, BREAK, CAT, SHIFT, NOISE, AND, TE, MASK, CUT, five styles",
+        "right rows",
+    ),
+    (
+        "pamparamm/ComfyUI-ppm",
+        "2026-05-03",
+        "CLIP NegPip before and after, CADS, Attention Couple, with masks and with NegPip",
+        "right rows. One import that 0.30.0 no longer has was made optional",
+    ),
+    ("SeaArtLab/ComfyUI-Long-CLIP", "2024-09-04", "its SDXL merge, random weights, before and after", "right rows"),
+    (
+        "badjeff/comfyui_lora_tag_loader",
+        "2024-02-12",
+        "in front of the text encode node",
+        "`<person>` is eaten: refused with the cause; `[person]`, `@anna` pass",
+    ),
+    (
+        "Extraltodeus/ComfyUI-AutomaticCFG",
+        "2024-09-10",
+        "all presets but one, which fails by itself on a small latent",
+        "behind Apply Subject: acts. In front: acts, or a message says to swap them",
+    ),
+    ("styler00dollar/ComfyUI-deepcache", "2023-12-26", "interval 1 and 2, before and after", "acts; at 1 bit for bit"),
+    ("JettHu/ComfyUI_TGate", "2026-01", "Apply Simple, Apply Advanced", "acts until the gate, whose cache has it"),
+    (
+        "Kosinkadink/ComfyUI-AnimateDiff-Evolved",
+        "2026-03-29",
+        "context windows without a motion model: static, batched, looped; a mask per frame; prompt scheduling; recording",
+        "right frames; Separate Subjects is refused with a message",
+    ),
+    (
+        "ssitu/ComfyUI_UltimateSDUpscale, ltdrdata/ComfyUI-Impact-Pack",
+        "2026-02-27, 2024-10-24",
+        "read, not run: crops sampled by themselves",
+        "subjects act; a mask is stretched over each crop, since nothing says where it lies",
+    ),
+]
+
+
 def results_file(version: str) -> Path:
     """Where the host tests of a ComfyUI version leave what they saw of the marked tests."""
     return STATE / "compatibility" / f"{version}.json"
@@ -55,6 +107,9 @@ def page() -> str:
             if own == group:
                 cells = [_SIGNS[outcomes[version]] if version in outcomes else "not run" for version in HOSTS]
                 lines.append(f"| {what} | {' | '.join(cells)} | {how[own, what]} |")
+    lines += ["", "## Packs by name", "", f"Their own code, tried by hand on {TRIED_ON}.", ""]
+    lines += ["| pack | its state of | tried | |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in TRIED]
     return "\n".join(lines) + "\n"
 
 
