@@ -58,7 +58,7 @@ TRIED = [
     (
         "Kosinkadink/ComfyUI-AnimateDiff-Evolved",
         "2026-03-29",
-        "context windows without a motion model: static, batched, looped; a mask per frame; prompt scheduling; recording",
+        "context windows without a motion model (three kinds), a mask per frame, prompt scheduling, recording",
         "right frames; Separate Subjects is refused with a message",
     ),
     (

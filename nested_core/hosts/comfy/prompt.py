@@ -158,6 +158,13 @@ def _watch(text_model: Any) -> None:
             encoder.register_forward_hook(_mark_words)
             if name == "clip_g":  # SDXL's pooled vector comes from this one
                 encoder.register_forward_hook(_pool_at_word)
+            encoder.transformer.get_input_embeddings().register_forward_pre_hook(_own_ids)
+
+
+def _own_ids(embedding: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of an encoder's embedding, for whoever hands it ids past the encoder: they are its own."""
+    ids, *others = args
+    return ids % _STRIDE, *others
 
 
 def _read_numbers(encoder: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
