@@ -152,7 +152,7 @@ def _holds_bound(tokens: Any) -> bool:
 def _watch(text_model: Any) -> None:
     """Hooks on the text encoders of a CLIP, once each."""
     for name in ("clip_l", "clip_g"):
-        encoder = getattr(text_model, name, None)
+        encoder: Any = getattr(text_model, name, None)
         if isinstance(encoder, torch.nn.Module) and _mark_words not in encoder._forward_hooks.values():
             encoder.register_forward_pre_hook(_read_numbers)
             encoder.register_forward_hook(_mark_words)
