@@ -26,7 +26,7 @@ TRIED = [
         "shiimizu/ComfyUI_smZNodes",
         "2025-06-04",
         "six parsers, old and new emphasis, SDXL and SD 1.5",
-        "right rows; *full* takes `<` off weighted words, which is refused with a message: `@anna` passes",
+        "right rows; *full* eats the `<` of `(<person>:1.2)`: refused with a message; `(a <person>:1.2)` passes",
     ),
     (
         "asagi4/comfyui-prompt-control",

@@ -158,7 +158,8 @@ def _watch(text_model: Any) -> None:
             encoder.register_forward_hook(_mark_words)
             if name == "clip_g":  # SDXL's pooled vector comes from this one
                 encoder.register_forward_hook(_pool_at_word)
-            encoder.transformer.get_input_embeddings().register_forward_pre_hook(_own_ids)
+            transformer: Any = encoder.transformer
+            transformer.get_input_embeddings().register_forward_pre_hook(_own_ids)
 
 
 def _own_ids(embedding: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -288,8 +289,8 @@ class _BoundCLIP:
         part = getattr(self.tokenizer, f"clip_{encoder}", self.tokenizer)
         if isinstance(getattr(part, "tokenizer", None), _BindingTokenizer):
             return NestedAttentionError(
-                f"The text encode node changes {names} before it is read: some take characters such as < off the words "
-                "they weigh. Choose a placeholder such as @anna in Encode Subject, or write it without a weight."
+                f"The text encode node changes {names} before it is read: some take characters such as < off the "
+                "beginning of what they weigh. Put a word in front of it there, as in (a <person>:1.2)."
             )
         return NestedAttentionError(
             f"A node after Apply Subject gave this CLIP another tokenizer ({type(part).__name__}) for its text encoder "
