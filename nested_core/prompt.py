@@ -130,10 +130,16 @@ def locate(reading: Reading, ids: Sequence[int], tokenize: Callable[[str], Seque
     """
     found: dict[int, str] = {}
     for start, stop, placeholder in reading.spans:
-        # A word's tokens are those that neither the text before nor the text after it accounts for. Where the word is
-        # glued to its neighbours ("<person>s"), that is the whole glued word.
-        first = _common_prefix(tokenize(reading.text[:start]), ids)
-        last = len(ids) - _common_prefix(tokenize(reading.text[stop:])[::-1], ids[::-1])
+        # A word's tokens are those that neither the text before nor the text after it accounts for. A token that
+        # reaches over an end of the word counts as the word's: all of "cats" for "<a>s".
+        before, word, after = reading.text[:start], reading.text[start:stop], reading.text[stop:]
+        first = _common_prefix(tokenize(before), ids)
+        if before[-1:].isalpha() and word[:1].isalpha():
+            # Glued, as in scripts without spaces: by itself, the text before would end in other tokens than it does in
+            # the middle of a word. Any letter may follow it, except one that could begin like this word's tokens.
+            other = "я" if fold(word[0]).isascii() else "a"
+            first = max(first, _common_prefix(tokenize(before + other), ids))
+        last = len(ids) - _common_prefix(tokenize(after)[::-1], ids[::-1])
         for i in range(first, max(first, last)):
             found.setdefault(i, placeholder)
     return found

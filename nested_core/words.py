@@ -19,11 +19,17 @@ from functools import lru_cache
 
 import regex
 
-# Two letters of flags are taken first: \X looks back over all flags before it, which takes forever in a row of them.
-# Not every mark of Burmese is part of \X.
-_LETTER = regex.compile(r"\p{Regional_Indicator}{2}[\p{Grapheme_Cluster_Break=Extend}\u200d]*\p{M}*|\X\p{M}*")
+# \X is Unicode's grapheme cluster. Three things are done by hand: the two halves of a flag, as \X looks back over all
+# flags before it, which takes minutes in a long row of them; marks, as not all of Burmese belong to \X; and consonants
+# that a virama ties to the one before (Indic scripts, Burmese, Khmer...), which older versions of Unicode take apart.
+_TIES = "\u094d\u09cd\u0acd\u0b4d\u0c4d\u0d4d\u1039\u17d2\u1a60\u1b44\ua9c0"
+_MARKS = r"[\p{M}\p{Grapheme_Cluster_Break=Extend}\p{Grapheme_Cluster_Break=SpacingMark}\u200d]*"
+_LETTER = regex.compile(
+    rf"(?:\p{{Regional_Indicator}}{{2}}|\X){_MARKS}(?:(?<=[{_TIES}][\p{{Mn}}\u200d]*)(?=\p{{L}})\X{_MARKS})*"
+)
 
-_UNSEEN = regex.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]|[\u200c\u200d]+$")  # variation selectors; joiners
+# Variation selectors; joiners at the end.
+_UNSEEN = regex.compile("[\u200c\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]+$|[\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
 # <wide> and <narrow> in Unicode: what East Asian input methods type for ordinary letters, and the other way round.
 _ORDINARY = {
