@@ -153,9 +153,7 @@ def test_a_mark_behind_a_word_makes_it_another(sdxl):
         assert torch.equal(cond[0][0], sdxl.encode(sdxl.clip, text)[0][0])
 
 
-@pytest.mark.parametrize(
-    ("one", "other"), [("<José>", "<Jose\u0301>"), ("<anna>", "＜ＡＮＮＡ＞"), ("ガラス", "ｶﾞﾗｽ")]
-)
+@pytest.mark.parametrize(("one", "other"), [("<José>", "<Jose\u0301>"), ("<anna>", "＜ＡＮＮＡ＞"), ("ガラス", "ｶﾞﾗｽ")])
 def test_two_writings_of_one_placeholder_are_one(pack, sdxl, one, other):
     with pytest.raises(pack.errors.NestedAttentionError, match=f"Two subjects use the placeholder {other}"):
         sdxl.apply(sdxl.subject(other, "man", view=1), clip=bind(sdxl, (one, "woman")))
