@@ -11,11 +11,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import regex
 import torch
 from torch import Tensor
 
 from .errors import NestedAttentionError
 from .files import Weights, few, looks_like, open_weights, save_tensors
+from .words import fold, letters
 
 if TYPE_CHECKING:
     from .encoder import EncoderConfig
@@ -101,7 +103,8 @@ def validate_placeholder(text: str) -> str:
 
     Raises:
         NestedAttentionError: empty; longer than 64 characters; without any letter or digit; with characters that a
-            prompt gives a meaning to: ( ) \\ : { } |, line breaks, comment signs, a leading "embedding".
+            prompt gives a meaning to: ( ) \\ : { } |, line breaks, comment signs, a leading "embedding"; with half a
+            letter at an end, such as an accent without its letter.
     """
     word = _checked_word(text, "placeholder", "Write a word such as <person>.")
     taken = sorted(set("()\\:{}|") & set(word))
@@ -120,6 +123,12 @@ def validate_placeholder(text: str) -> str:
         raise NestedAttentionError(
             f"The placeholder {word!r} starts with 'embedding', which prompts use for textual inversion embeddings. "
             "Write another word, such as <person>."
+        )
+    parts = letters(f" {word} ")
+    if parts[0] != " " or parts[-1] != " ":
+        raise NestedAttentionError(
+            f"The placeholder {word!r} begins or ends with half a letter, such as an accent without the letter that it "
+            "stands on: in a prompt it would melt with what is next to it. Write whole letters, such as <person>."
         )
     return word
 
@@ -144,9 +153,10 @@ def validate_class_word(text: str) -> str:
 def is_plain_word(placeholder: str) -> bool:
     """True for a placeholder of letters, digits, underscores and spaces only, such as "man".
 
-    A plain word is bound where it stands in the prompt and is read as itself; it is not replaced by the class word.
+    Letters of every script, with their marks. A plain word is bound where it stands in the prompt and is read as
+    itself; it is not replaced by the class word.
     """
-    return re.fullmatch(r"[\w ]+", placeholder) is not None
+    return regex.fullmatch(r"[\p{L}\p{N}\p{M}_ ]+", fold(placeholder)) is not None
 
 
 def _checked_word(text: str, what: str, advice: str) -> str:

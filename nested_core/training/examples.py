@@ -298,7 +298,7 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 def _unmentioned(example: Example, subject: ExampleSubject, text: str) -> str:
     where = f"{example.name}: " if example.name else ""
-    if subject.placeholder.lower() in example.prompt.lower():
+    if PromptReader([Placeholder(subject.placeholder, subject.class_word)]).mentions_any(example.prompt):
         return (
             f'{where}the caption mentions "{subject.placeholder}" only beyond what the text encoder reads. Shorten it, '
             f'or move the word to the front. It reads: "{text}"'

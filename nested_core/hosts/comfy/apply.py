@@ -8,6 +8,7 @@ from typing import Any
 import comfy.model_patcher
 
 from ...errors import NestedAttentionError
+from ...words import fold
 from .prompt import bind_clip
 from .recording import Recording
 from .run import KEY, RECORDING_KEY, SEPARATION_KEY, applications_of, stand_on
@@ -42,7 +43,7 @@ def adjust_subjects(
     Raises NestedAttentionError when there is no such subject, naming those that are there.
     """
     applied = applications_of(model)
-    key = placeholder.strip().lower()
+    key = fold(placeholder.strip())
     if not applied:
         raise NestedAttentionError(
             "No subject is applied to this model: connect the model that comes out of Apply Subject."

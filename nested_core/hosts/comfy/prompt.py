@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ...errors import NestedAttentionError
 from ...prompt import Placeholder, PromptReader, locate
+from ...words import fold
 from .text import mark, rows_of
 
 CONDITIONING_KEY = "nested_attention"
@@ -392,10 +393,10 @@ def describe_binding(conditioning: Any) -> str:
         pictures = rows_of(cond)
         places = {key: rows for picture in pictures for key, rows in picture.items()}
         entry = values.get(CONDITIONING_KEY) or {}
-        names = {name.lower(): name for name in entry.get("places", {})}
+        names = {fold(name): name for name in entry.get("places", {})}
         reads = entry.get("reads") if entry.get("length") == cond.shape[1] else None
         if reads:
-            shown = " ".join(f"[{owner}: {text}]" if owner.lower() in places else text for text, owner in reads)
+            shown = " ".join(f"[{owner}: {text}]" if fold(owner) in places else text for text, owner in reads)
             lines.append(f"{head}{shown}")
         elif places:
             lines.append(f"{head}changed by another node, which kept the subjects' places")
@@ -425,7 +426,7 @@ def why_unmentioned(placeholder: Placeholder, texts: Sequence[tuple[Tensor, Mapp
             "on the texts that mention no subject."
         )
     reads = ["".join(f"{text} " for text, _ in entry["reads"]).strip() for _, entry in entries if entry]
-    raw = [read for read in reads if placeholder.text.lower() in read.lower().replace(" ", "")]
+    raw = [read for read in reads if fold(placeholder.text) in fold(read.replace(" ", ""))]
     if raw:
         return (
             f'A text encoder reads "{raw[0]}", the placeholder as it is written: that text encode node has the CLIP of '

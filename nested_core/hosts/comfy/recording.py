@@ -21,6 +21,7 @@ from ...figures import Point
 from ...layers import CrossAttentionLayer
 from ...maps import Query, Seen, heat, nested_attention_of, nested_values, principal_colours
 from ...resampler import Resampler
+from ...words import fold
 from .values import Application
 
 
@@ -41,7 +42,7 @@ class RecordedRun:
 
         Raises NestedAttentionError naming those that are there.
         """
-        key = placeholder.strip().lower()
+        key = fold(placeholder.strip())
         names = [a.placeholder.text for a in self.applications]
         if not key and len(names) == 1:
             return 0
