@@ -245,8 +245,7 @@ def nested_delta(
     terms: Sequence[NestedTerm],
     attend: Attend = scaled_dot_product,
     into: Tensor | None = None,
-    one_hot: Tensor | None = None,
-    observe: Callable[[Tensor], None] | None = None,
+    prob: Tensor | None = None,
 ) -> Tensor:
     """What the subjects add to a cross-attention layer's output (equations 1 to 4, fused).
 
@@ -258,14 +257,13 @@ def nested_delta(
         attend: the attention that computes equation (1); see `Attend`.
         into: the layer's own attention output (B, Q, C), before its output projection: the sum is added to it in
             place, and it is what comes back. None: the sum alone comes back.
-        one_hot: `one_hot_values` of all terms' places in order, of a head's width, where the caller has them already.
-        observe: called with the outer probabilities of all terms' places in order, (B, Q, H, P); must not change them.
+        prob: `outer_probabilities` of all terms' places in order, (B, Q, H, P), where the caller has them already.
 
     Returns:
         (B, Q, C), in the type of `into` or of q.
     """
     if into is not None and into.dtype != q.dtype:
-        delta = nested_delta(q, k, v, heads, terms, attend, one_hot=one_hot, observe=observe)
+        delta = nested_delta(q, k, v, heads, terms, attend, prob=prob)
         return into.add_(delta.to(into.dtype))
     every = [term.places for term in terms]
     assert every, "terms is empty"
@@ -273,9 +271,8 @@ def nested_delta(
         every = [places.expand(q.shape[0], -1) for places in every]
     places = every[0] if len(every) == 1 else torch.cat(every, dim=-1)
     counts = [term.places.shape[-1] for term in terms]
-    prob = outer_probabilities(q, k, heads, places, one_hot)  # a_s, (B, Q, H, P)
-    if observe is not None:
-        observe(prob)
+    if prob is None:
+        prob = outer_probabilities(q, k, heads, places)  # a_s, (B, Q, H, P)
     replaced = _at(v, places).unflatten(-1, (heads, -1))  # V[s], (B, P, H, d)
     total = torch.zeros_like(q) if into is None else into
     by_head = total.unflatten(-1, (heads, -1))  # (B, Q, H, d)

@@ -204,7 +204,8 @@ def layer_table(pack: Any, rounds: int, quick: bool) -> dict[str, Any]:
 
             def fused() -> Tensor:
                 out = plain()  # noqa: B023
-                return core.nested_delta(q, k, v, heads, [term], into=out, one_hot=one_hot)  # noqa: B023
+                prob = core.outer_probabilities(q, k, heads, place, one_hot)  # noqa: B023
+                return core.nested_delta(q, k, v, heads, [term], into=out, prob=prob)  # noqa: B023
 
             def written() -> Tensor:
                 return literal(q, k, v, heads, [term])  # noqa: B023

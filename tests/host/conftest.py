@@ -114,10 +114,10 @@ def fired(pack, monkeypatch):
     calls = []
     original = pack.layer.nested_delta
 
-    def spy(q, k, v, heads, terms, attend, into, one_hot, observe):
-        delta = original(q, k, v, heads, terms, attend, one_hot=one_hot)
+    def spy(q, k, v, heads, terms, *others, **named):
+        delta = original(q, k, v, heads, terms, *others, **{**named, "into": None})
         calls.append(SimpleNamespace(q=q.shape, k=k.shape, terms=terms, delta=delta))
-        return original(q, k, v, heads, terms, attend, into, one_hot, observe)
+        return original(q, k, v, heads, terms, *others, **named)
 
     monkeypatch.setattr(pack.layer, "nested_delta", spy)
     return calls

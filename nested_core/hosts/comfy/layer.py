@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
 from torch import Tensor
 
-from ...attention import Attend, NestedTerm, nested_delta, scaled_dot_product
+from ...attention import Attend, NestedTerm, nested_delta, outer_probabilities, scaled_dot_product
 from ...errors import NestedAttentionError
 from ...layers import CrossAttentionLayer
 from ...maps import Query, Seen
@@ -118,12 +117,14 @@ class SubjectLayer:
 
     def _add(self, out: Tensor, part: _Part, attend: Attend) -> None:
         """Adds to a layer's output for a group's rows, in place, what its subjects add."""
-        store = self.step.store
-        one_hot = store.one_hot(tuple(part.places.values()), part.k, part.q.shape[-1] // part.heads)
+        places = tuple(row for rows in part.places.values() for row in rows)
+        one_hot = self.step.store.one_hot(places, part.k, part.q.shape[-1] // part.heads)
+        index = self.step.store.places(places, part.q.device)
+        prob = outer_probabilities(part.q, part.k, part.heads, index, one_hot)
         terms = [self._term(i, rows, part) for i, rows in part.places.items()]
-        noted = not part.group.negative and (self.step.regions is not None or self.step.recorder is not None)
-        observe = partial(self._note, part) if noted else None
-        nested_delta(part.q, part.k, part.v, part.heads, terms, attend, into=out, one_hot=one_hot, observe=observe)
+        nested_delta(part.q, part.k, part.v, part.heads, terms, attend, into=out, prob=prob)
+        if not part.group.negative and (self.step.regions is not None or self.step.recorder is not None):
+            self._note(part, prob)
 
     def _term(self, i: int, rows: tuple[int, ...], part: _Part) -> NestedTerm:
         store, application = self.step.store, self.step.store.applications[i]

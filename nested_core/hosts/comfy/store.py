@@ -100,16 +100,15 @@ class Store:
         index: Tensor = self.kept(("places", places, device), partial(torch.tensor, places, device=device))
         return index
 
-    def one_hot(self, places: tuple[tuple[int, ...], ...], key: Tensor, width: int) -> Tensor | None:
+    def one_hot(self, places: tuple[int, ...], key: Tensor, width: int) -> Tensor | None:
         """`one_hot_values` of the places of all subjects of a layer, where they fit a head's width.
 
         key: the layer's text keys (B, T, C).
         """
-        every = tuple(row for of in places for row in of)
-        if len(every) > width:
+        if len(places) > width:
             return None
-        made = ("one hot", every, key.shape[1], width, key.dtype, key.device)
-        return self.kept(made, lambda: one_hot_values(self.places(every, key.device), key.shape[1], width, key.dtype))
+        made = ("one hot", places, key.shape[1], width, key.dtype, key.device)
+        return self.kept(made, lambda: one_hot_values(self.places(places, key.device), key.shape[1], width, key.dtype))
 
     def mask(self, i: int, group: Group, sampled: Sampled, q: Tensor, grid: tuple[int, int]) -> Tensor | None:
         """The mask of application i for a group's rows on a layer's grid, (rows, Q); None where it has none.
