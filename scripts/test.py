@@ -6,7 +6,9 @@
     python scripts/test.py tests/unit/test_x.py   only these tests, no linters
 
 Sets up what it needs first (see _setup.py). With COMFYUI_PATH the host tests run inside that ComfyUI, with the Python
-this is started with. Stages run side by side, as many as there are cores (at most three); every line says whose it is.
+this is started with. A few of them run a second time, in the oldest ComfyUI with the oldest PyTorch, for which there is
+an environment of its own. Stages run side by side, as many as there are cores (at most three); every line says whose
+it is.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ ONCE = [
 ]
 # With models of full size: in the newest and the oldest ComfyUI, not in those between.
 AT_BOTH_ENDS = ["tests/host/test_server.py"]
+# Sampling with subjects, for which an old PyTorch may lack something: these run with the oldest one too.
+WITH_OLDEST_TORCH = [f"tests/host/test_{name}.py" for name in ("apply", "compatibility", "prompt")]
 PACKAGE = STATE / "nested_attention_pack"
 
 
@@ -78,6 +82,13 @@ def main() -> int:
             stages[f"host tests, ComfyUI {version}"] = (command, environment)
             if not extra and (own or version == NEWEST):
                 stages[f"once, ComfyUI {version}"] = ([*python, "pytest", *ONCE], {"COMFYUI_PATH": str(host)})
+        again = [path for path in chosen if path.startswith(tuple(WITH_OLDEST_TORCH))]
+        if "tests/host" in chosen:
+            again = WITH_OLDEST_TORCH
+        if again and not own and OLDEST in hosts and sys.version_info < (3, 13):  # PyTorch 2.4 has no builds for newer
+            old = _setup.make_environment(_setup.VENV_OLDEST_TORCH)
+            command = [str(old), "scripts/_oldest_torch.py", *again, *options]
+            stages["host tests, oldest PyTorch"] = (command, {"COMFYUI_PATH": str(hosts[OLDEST])})
 
     try:
         results = _run(stages)

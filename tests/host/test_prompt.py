@@ -504,10 +504,13 @@ def test_a_compiled_model_does_not_go_on_without_the_subject(sd15):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
+    def backend(graph, inputs, **options):  # PyTorch's own "eager" takes no options; older ones pass all of them on
+        return graph.forward
+
     def compiled(model):
         model = model.clone()
         options = {"guard_filter_fn": skip_torch_compile_dict}
-        set_torch_compile_wrapper(model=model, backend="eager", options=options)
+        set_torch_compile_wrapper(model=model, backend=backend, options=options)
         return model
 
     model, clip = sd15.apply()
