@@ -33,6 +33,7 @@ class MarkedText(Tensor):
     _marks: Marks
 
     @classmethod
+    @torch.compiler.disable  # a compiler that traced this would take the marks of one call for those of all
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
