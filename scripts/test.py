@@ -5,8 +5,8 @@
     python scripts/test.py -k prompt -x           arguments it does not know go to pytest
     python scripts/test.py tests/unit/test_x.py   only these tests, no linters
 
-Sets up what it needs first (see _setup.py). With COMFYUI_PATH the host tests run inside that ComfyUI, with the Python
-this is started with. Stages run side by side, as many as there are cores (at most three); every line says whose it is.
+Sets up what it needs first. With COMFYUI_PATH the host tests run inside that ComfyUI, with the Python that this is
+started with. Stages run side by side, as many as there are cores (at most three); every line says whose it is.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import _setup
 import compatibility
-from _setup import HOSTS, NEWEST, OLDEST, REPO, STATE, SetupError, say
+from kit import hosts
+from kit.environment import SetupError, enter_environment, install, own_comfyui, run_main, say
+from kit.hosts import HOSTS, NEWEST, OLDEST
+from kit.paths import REPO, STATE
 
 NOTHING_COLLECTED = 5  # pytest's exit code
 # Long, and not about the host's version: these run in the newest ComfyUI alone, unless they are asked for.
@@ -41,18 +43,18 @@ def main() -> int:
     paths = [word for word in extra if word.startswith("tests") and (REPO / word.split("::")[0]).exists()]
     options = [word for word in extra if word not in paths]
 
-    own = _setup.own_comfyui()
+    own = own_comfyui()
     if own and arguments.host:
         raise SetupError("COMFYUI_PATH already says which ComfyUI to test with: unset it, or leave out --host.")
-    _setup.enter_environment()
+    enter_environment()
     if own:
-        _setup.check_own_environment(own, [*_setup.test_requirements(), *_setup.manager_requirements(own)])
-        hosts = {_setup.version_of(own): own}
+        hosts.check_own_environment(own, [*hosts.test_requirements(), *hosts.manager_requirements(own)])
+        chosen_hosts = {hosts.version_of(own): own}
     else:
-        every = {version: _setup.fetch_host(version) for version in HOSTS}
-        needed = [*_setup.host_requirements(every.values()), *_setup.manager_requirements(every[NEWEST])]
-        _setup.install([*needed, *_setup.test_requirements()], "ComfyUI's packages and the tests'")
-        hosts = {version: every[version] for version in arguments.host or HOSTS}
+        every = {version: hosts.fetch_host(version) for version in HOSTS}
+        needed = [*hosts.host_requirements(every.values()), *hosts.manager_requirements(every[NEWEST])]
+        install([*needed, *hosts.test_requirements()], "ComfyUI's packages and the tests'")
+        chosen_hosts = {version: every[version] for version in arguments.host or HOSTS}
 
     python = [sys.executable, "-m"]
     # Stage: (command, environment). The linters have no say over a run of chosen tests.
@@ -67,7 +69,7 @@ def main() -> int:
     if chosen := _within(paths, "tests/unit"):
         stages["unit tests"] = ([*python, "pytest", *chosen, *options], {})
     if chosen := _within(paths, "tests/host"):
-        for version, host in hosts.items():
+        for version, host in chosen_hosts.items():
             command = [*python, "pytest", *chosen, *options]
             environment = {"COMFYUI_PATH": str(host)}
             if not extra:
@@ -83,9 +85,9 @@ def main() -> int:
         results = _run(stages)
     finally:
         if os.path.lexists(PACKAGE):
-            _setup.unlink(PACKAGE)  # a link of the repository in itself is a trap for whatever walks folders
+            hosts.unlink(PACKAGE)  # a link of the repository in itself is a trap for whatever walks folders
     code = _report(results, chosen=bool(extra))
-    if code or extra or list(hosts) != list(HOSTS):
+    if code or extra or list(chosen_hosts) != list(HOSTS):
         return code
     if not compatibility.PAGE.is_file() or compatibility.PAGE.read_text("utf-8") != compatibility.page():
         say("docs/compatibility.md is not what this run saw: run python scripts/compatibility.py")
@@ -132,7 +134,7 @@ def _as_package() -> str:
     """The name under which the repository can be imported whole, as ComfyUI does it: the nodes import relatively."""
     STATE.mkdir(exist_ok=True)
     if not os.path.lexists(PACKAGE):
-        _setup.make_link(PACKAGE)
+        hosts.make_link(PACKAGE)
     return PACKAGE.name
 
 
@@ -165,4 +167,4 @@ def _report(results: dict[str, tuple[int, float]], chosen: bool) -> int:
 
 
 if __name__ == "__main__":
-    _setup.run_main(main)
+    run_main(main)

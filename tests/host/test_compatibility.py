@@ -10,7 +10,8 @@ import copy
 import pytest
 import torch
 
-import _studio
+from kit import random_models
+from kit.studio import Studio
 
 SIZE = (16, 16)
 
@@ -18,7 +19,7 @@ SIZE = (16, 16)
 @pytest.fixture(scope="module")
 def studio(pack, clip_vision, photo):
     """A small SD 1.5, wider towards the middle: some nodes go by the widths, or act on a grid that SDXL skips."""
-    return _studio.Studio(pack, "sd15", clip_vision, photo, channels=32, tapered=True)
+    return Studio(pack, "sd15", clip_vision, photo, channels=32, tapered=True)
 
 
 @pytest.fixture(scope="module")
@@ -336,8 +337,6 @@ def _controlnet(studio):
     import comfy.controlnet
     import comfy.ops
 
-    import random_models
-
     shape = {**studio.model.model.model_config.unet_config, "hint_channels": 3}
     shape = {k: v for k, v in shape.items() if k not in ("out_channels", "transformer_depth_output")}
     net = comfy.cldm.cldm.ControlNet(**shape | {"dtype": torch.float32}, operations=comfy.ops.manual_cast)
@@ -366,8 +365,6 @@ def test_controlnet(node, studio, anna, scene, fired, photo):
 def test_gligen(node, studio, fired):
     import comfy.gligen
     import comfy.model_patcher
-
-    import random_models
 
     shapes = {
         "position_net.null_positive_feature": (768,),
@@ -504,8 +501,6 @@ def test_inpainting(node, studio, scene, fired):
 def test_inpaint_models(studio, anna, fired):
     import comfy.model_patcher
     import comfy.supported_models
-
-    import random_models
 
     config = comfy.supported_models.SD15({**studio.model.model.model_config.unet_config, "in_channels": 9})
     config.set_inference_dtype(torch.float32, None)

@@ -14,14 +14,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import _studio
+from kit.studio import Studio
 
 SIZE = (8, 8)
 
 
 @pytest.fixture(scope="module")
 def studio(pack, clip_vision, photo):
-    return _studio.Studio(pack, "sd15", clip_vision, photo, channels=32, tapered=True)
+    return Studio(pack, "sd15", clip_vision, photo, channels=32, tapered=True)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kit import random_models
+
 IDS = {
     "NestedGridValues",
     "NestedPictureGrid",
@@ -188,8 +190,6 @@ def test_foreign_layouts_open_and_make_the_same_picture(pack, sdxl, models):
 
 def test_sd15_encoders_of_four_pooled_tokens_run(pack, sd15, models):
     """The third-party SD 1.5 kind: `ip_adapter.bin` with to_k_nest and a projection of the pooled embedding."""
-    import random_models
-
     shapes = {
         "image_proj.proj.weight": torch.empty(4 * 768, 1024, device="meta"),
         "image_proj.proj.bias": torch.empty(4 * 768, device="meta"),
@@ -415,8 +415,6 @@ def test_other_models_are_named(sdxl, refused):
     import comfy.model_patcher
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
-    import random_models
 
     config = {**random_models.unet_config("sdxl"), "context_dim": 1280, "adm_in_channels": 2560}
     refiner, dit = torch.nn.Module(), torch.nn.Module()

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-import export
-import models
+from demo import export, models
+from demo import world as drawn
+from kit import random_models
 
 REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "demo"
@@ -37,8 +38,6 @@ def psnr(got: torch.Tensor, expected: torch.Tensor, peak: float) -> float:
 
 def random_modules() -> SimpleNamespace:
     """The modules that are exported, with weights of sane scale."""
-    import random_models
-
     modules = SimpleNamespace(
         unet=models.unet(), text=models.text_encoder(), codec=models.codec(), tower=models.vision_tower()
     )
@@ -54,7 +53,6 @@ def random_modules() -> SimpleNamespace:
 
 def nested_encoder(seed: int) -> Any:
     """An encoder of nested_core, as training has it, for the small world."""
-    import random_models
     from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
 
     config = EncoderConfig(
@@ -132,11 +130,9 @@ def pictures():
 
     import numpy as np
 
-    import world
-
     rng = random.Random(0)
     shown = [
-        world.render([world.random_figure(rng, kind)], scene, style, rng, close=True).image
+        drawn.render([drawn.random_figure(rng, kind)], scene, style, rng, close=True).image
         for kind, scene, style in (("robot", "city", "flat"), ("creature", "sea", "crayon"))
     ]
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in shown])).float() / 255

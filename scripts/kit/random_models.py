@@ -4,23 +4,34 @@ Everything has the shapes, the names and the file layout of the real thing, and 
 with these is noise. Weights are N(0, 1/fan_in), biases 0, norms 1, so that activations stay finite and of order 1. Each
 tensor has its own seed, made of the seed and its name: the same weights on every ComfyUI version.
 
-The shapes come from ComfyUI's own classes on the meta device: `comfy` must be importable (`use_comfyui`).
+The shapes come from ComfyUI's own classes on the meta device: ComfyUI is in this process (inside.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from _setup import REPO, SetupError, say
+import comfy.clip_model
+import comfy.ops
+import comfy.sdxl_clip
+import comfy.supported_models
+import skimage.data
+import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from filelock import FileLock
+from PIL import Image
 
-if TYPE_CHECKING:
-    import torch
+from nested_core.checkpoint import write_encoder
+from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
+from nested_core.files import save_tensors, whole
 
-    from nested_core.encoder import NestedEncoder
+from .environment import say
+from .paths import REPO
 
 # Names in the graph: {input of a loader node: file in its models folder}
 CHECKPOINT = "random_narrow_sdxl.safetensors"
@@ -29,19 +40,17 @@ ENCODER = "random_narrow_nested_encoder.safetensors"
 PHOTO = "astronaut.png"
 
 
-def provide_models(host: Path, models: Path, pictures: Path, photo: bool = True) -> dict[str, str]:
-    """Makes the models, and the photo if asked, for a server of SDXL's shapes, where they are not there yet.
+def provide_models(models: Path, pictures: Path) -> dict[str, str]:
+    """Makes the models, and the photo, for a server of SDXL's shapes, where they are not there yet.
 
     Returns the file names by the graph's input: "ckpt_name", "clip_name", "encoder_name" and "image".
     """
-    from filelock import FileLock
-
     models.mkdir(parents=True, exist_ok=True)
     with FileLock(models / ".lock"):  # tests of several hosts run side by side
-        return _provide_models(host, models, pictures, photo)
+        return _provide_models(models, pictures)
 
 
-def _provide_models(host: Path, models: Path, pictures: Path, photo: bool) -> dict[str, str]:
+def _provide_models(models: Path, pictures: Path) -> dict[str, str]:
     recipe = _hash(Path(__file__))
     encoder_recipe = _hash(Path(__file__), *sorted((REPO / "nested_core").glob("[!_]*.py")))
     checkpoint = models / "checkpoints" / CHECKPOINT
@@ -49,28 +58,17 @@ def _provide_models(host: Path, models: Path, pictures: Path, photo: bool) -> di
     encoder = models / "nested_attention" / ENCODER
     if not _is_made(checkpoint, recipe):
         say(f"making {CHECKPOINT}: SDXL with a narrow U-Net, 1.2 billion random weights, 2.4 GB")
-        use_comfyui(host)
         _write(checkpoint, recipe, checkpoint_state_dict())
     if not _is_made(clip_vision, recipe):
         say(f"making {CLIP_VISION}: CLIP ViT-L/14, random weights, 0.6 GB")
-        use_comfyui(host)
         _write(clip_vision, recipe, clip_vision_state_dict())
     if not _is_made(encoder, encoder_recipe):
         say(f"making {ENCODER}: nested encoder, 64 tokens, random weights, 0.2 GB")
         write_nested_encoder(encoder)
         _mark(encoder, encoder_recipe)
-    if photo and not (pictures / PHOTO).is_file():
+    if not (pictures / PHOTO).is_file():
         write_photo(pictures / PHOTO)
     return {"ckpt_name": CHECKPOINT, "clip_name": CLIP_VISION, "encoder_name": ENCODER, "image": PHOTO}
-
-
-def use_comfyui(host: Path) -> None:
-    """Makes ComfyUI's `comfy` package importable in this process, on the CPU."""
-    if str(host) not in sys.path:
-        sys.path.insert(0, str(host))
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
 
 
 # --- state dicts, also for tests that run inside the host ------------------------------------------------------------
@@ -121,18 +119,12 @@ def unet_config(family: str) -> dict[str, Any]:
 
 def unet_state_dict(family: str, seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """Weights of a narrow U-Net in ComfyUI's key names, without "model.diffusion_model."; float32 unless told."""
-    import comfy.ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
     unet = UNetModel(**unet_config(family), device="meta", operations=comfy.ops.manual_cast)
     return randomise(unet.state_dict(), seed, dtype)
 
 
 def text_encoders_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """Weights of SDXL's CLIP-L and CLIP-G at full size, in a checkpoint's key names."""
-    import comfy.sdxl_clip
-    import comfy.supported_models
-
     # A model config only for the renaming that ComfyUI does when it saves a checkpoint.
     sdxl = comfy.supported_models.SDXL({})
     return sdxl.process_clip_state_dict_for_saving(
@@ -142,9 +134,6 @@ def text_encoders_state_dict(seed: int = 0, dtype: torch.dtype | None = None) ->
 
 def vae_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """Weights of the VAE of SD 1.5 and SDXL, without "first_stage_model."."""
-    import torch
-    from comfy.ldm.models.autoencoder import AutoencoderKL
-
     shape = {
         "double_z": True,
         "z_channels": 4,
@@ -164,8 +153,6 @@ def vae_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str,
 
 def checkpoint_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """A whole SDXL checkpoint with a narrow U-Net, float16 unless told: what CheckpointLoaderSimple opens."""
-    import torch
-
     dtype = dtype or torch.float16
     return {
         **{f"model.diffusion_model.{k}": v for k, v in unet_state_dict("sdxl", seed, dtype).items()},
@@ -176,12 +163,6 @@ def checkpoint_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> di
 
 def clip_vision_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """A CLIP ViT-L/14 vision tower (224 px, hidden 1024), float16 unless told: what CLIPVisionLoader opens."""
-    import json
-
-    import comfy.clip_model
-    import comfy.ops
-    import torch
-
     config = json.loads(Path(comfy.__path__[0], "clip_vision_config_vitl.json").read_text("utf-8"))
     tower = comfy.clip_model.CLIPVisionModelProjection(config, torch.float16, "meta", comfy.ops.manual_cast)
     return randomise(tower.state_dict(), seed, dtype or torch.float16)
@@ -189,11 +170,6 @@ def clip_vision_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> d
 
 def nested_encoder(seed: int = 0, tokens: int = 64, feature_dim: int = 1024) -> NestedEncoder:
     """A nested encoder for the narrow SDXL: all 70 layers 320 wide, a small resampler; for CLIP ViT-L/14 by default."""
-    _use_nested_core()
-    import torch
-
-    from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
-
     config = EncoderConfig(
         kind="nested",
         family="sdxl",
@@ -218,8 +194,6 @@ def randomise(
 
     Matrices, convolutions and embeddings: N(0, 1/fan_in); vectors: norm weights 1, biases 0, others as embeddings.
     """
-    import torch
-
     made = {}
     for name, like in shapes.items():
         if like.ndim == 0:
@@ -242,45 +216,19 @@ def randomise(
 
 def write_nested_encoder(path: Path, seed: int = 0) -> None:
     """Writes `nested_encoder` as a float16 encoder file."""
-    import torch
-
-    encoder = nested_encoder(seed)
-    from nested_core.checkpoint import write_encoder
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_encoder(path, encoder.to(torch.float16))
+    write_encoder(path, nested_encoder(seed).to(torch.float16))
 
 
 def write_photo(path: Path) -> None:
     """Writes a photograph that scikit-image ships: the astronaut Eileen Collins, by NASA, in the public domain."""
-    try:
-        import skimage.data
-    except ImportError:
-        raise SetupError(
-            f"The sample photo is part of scikit-image, which is missing. Install it:\n"
-            f"    {sys.executable} -m pip install scikit-image\n"
-            f"or name a photo of your own: --image photo.png"
-        ) from None
-    from PIL import Image
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    _use_nested_core()
-    from nested_core.files import whole
 
     with whole(path) as part:
         Image.fromarray(skimage.data.astronaut()).save(part, "PNG")
 
 
-def _use_nested_core() -> None:
-    # Last on the path: the repository's `nodes` must not hide ComfyUI's.
-    if str(REPO) not in sys.path:
-        sys.path.append(str(REPO))
-
-
 def _write(path: Path, recipe: str, state_dict: dict[str, torch.Tensor]) -> None:
-    _use_nested_core()
-    from nested_core.files import save_tensors
-
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, state_dict, None, "model")
     _mark(path, recipe)

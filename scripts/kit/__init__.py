@@ -1,0 +1,3 @@
+"""What the scripts share. Environment, hosts and server need nothing installed; the other modules come after them."""
+
+from . import paths as paths
