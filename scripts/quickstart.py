@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 
-from kit.environment import SetupError, enter_environment, install, own_comfyui, run_main
-from kit.hosts import HOSTS, NEWEST, check_own_environment, fetch_host, host_requirements
+from kit.environment import run_main
+from kit.hosts import HOSTS, NEWEST, prepared_hosts
 from kit.server import USUAL_PORT
 
 
@@ -28,18 +28,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="other figures, other pictures")
     arguments = parser.parse_args()
 
-    own = own_comfyui()
-    if own and arguments.host:
-        raise SetupError("COMFYUI_PATH already says which ComfyUI to use: unset it, or leave out --host.")
-    enter_environment()
-    if own:
-        check_own_environment(own)
-        host = own
-    else:
-        newest = fetch_host(NEWEST)
-        host = fetch_host(arguments.host or NEWEST)
-        install(host_requirements([newest, host]), "ComfyUI's packages")
-
+    chosen = [arguments.host] if arguments.host else []
+    (host,) = prepared_hosts(chosen or [NEWEST], chosen, tests=False).values()
     from kit.first_pictures import show  # needs packages that are there only now
 
     show(host, arguments.serve, arguments.port, arguments.seed)

@@ -19,9 +19,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import compatibility
-from kit import hosts
-from kit.environment import SetupError, enter_environment, install, own_comfyui, run_main, say
-from kit.hosts import HOSTS, NEWEST, OLDEST
+from kit.environment import own_comfyui, run_main, say
+from kit.hosts import HOSTS, NEWEST, OLDEST, make_link, prepared_hosts, unlink
 from kit.paths import REPO, STATE
 
 NOTHING_COLLECTED = 5  # pytest's exit code
@@ -44,19 +43,10 @@ def main() -> int:
     options = [word for word in extra if word not in paths]
 
     own = own_comfyui()
-    if own and arguments.host:
-        raise SetupError("COMFYUI_PATH already says which ComfyUI to test with: unset it, or leave out --host.")
-    enter_environment()
-    if own:
-        hosts.check_own_environment(own, [*hosts.test_requirements(), *hosts.manager_requirements(own)])
-        chosen_hosts = {hosts.version_of(own): own}
-    else:
-        every = {version: hosts.fetch_host(version) for version in HOSTS}
-        needed = [*hosts.host_requirements(every.values()), *hosts.manager_requirements(every[NEWEST])]
-        install([*needed, *hosts.test_requirements()], "ComfyUI's packages and the tests'")
-        chosen_hosts = {version: every[version] for version in arguments.host or HOSTS}
+    hosts = prepared_hosts(HOSTS, arguments.host or (), manager=True)
 
     python = [sys.executable, "-m"]
+    pytest = [*python, "pytest", "--durations=10", "--durations-min=5"]  # where the time goes
     # Stage: (command, environment). The linters have no say over a run of chosen tests.
     stages: dict[str, tuple[list[str], dict[str, str]]] = {}
     if not extra:
@@ -67,10 +57,10 @@ def main() -> int:
             {"MYPYPATH": str(STATE)},
         )
     if chosen := _within(paths, "tests/unit"):
-        stages["unit tests"] = ([*python, "pytest", *chosen, *options], {})
+        stages["unit tests"] = ([*pytest, *chosen, *options], {})
     if chosen := _within(paths, "tests/host"):
-        for version, host in chosen_hosts.items():
-            command = [*python, "pytest", *chosen, *options]
+        for version, host in hosts.items():
+            command = [*pytest, *chosen, *options]
             environment = {"COMFYUI_PATH": str(host)}
             if not extra:
                 between = not own and version not in (NEWEST, OLDEST)
@@ -79,15 +69,15 @@ def main() -> int:
                 environment["NESTED_ATTENTION_COMPATIBILITY"] = str(compatibility.results_file(version))
             stages[f"host tests, ComfyUI {version}"] = (command, environment)
             if not extra and (own or version == NEWEST):
-                stages[f"once, ComfyUI {version}"] = ([*python, "pytest", *ONCE], {"COMFYUI_PATH": str(host)})
+                stages[f"once, ComfyUI {version}"] = ([*pytest, *ONCE], {"COMFYUI_PATH": str(host)})
 
     try:
         results = _run(stages)
     finally:
         if os.path.lexists(PACKAGE):
-            hosts.unlink(PACKAGE)  # a link of the repository in itself is a trap for whatever walks folders
+            unlink(PACKAGE)  # a link of the repository in itself is a trap for whatever walks folders
     code = _report(results, chosen=bool(extra))
-    if code or extra or list(chosen_hosts) != list(HOSTS):
+    if code or extra or list(hosts) != list(HOSTS):
         return code
     if not compatibility.PAGE.is_file() or compatibility.PAGE.read_text("utf-8") != compatibility.page():
         say("docs/compatibility.md is not what this run saw: run python scripts/compatibility.py")
@@ -134,7 +124,7 @@ def _as_package() -> str:
     """The name under which the repository can be imported whole, as ComfyUI does it: the nodes import relatively."""
     STATE.mkdir(exist_ok=True)
     if not os.path.lexists(PACKAGE):
-        hosts.make_link(PACKAGE)
+        make_link(PACKAGE)
     return PACKAGE.name
 
 

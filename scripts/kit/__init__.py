@@ -1,3 +1,6 @@
-"""What the scripts share. Environment, hosts and server need nothing installed; the other modules come after them."""
+"""What the scripts share, and what each does once its environment is there.
+
+Of these modules environment, hosts, server and evaluation's names need nothing installed.
+"""
 
 from . import paths as paths

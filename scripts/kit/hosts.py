@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .environment import STAMPS, SetupError, enter_environment, install, missing, own_comfyui, pip, requirements, say
@@ -96,19 +96,31 @@ def fetch_host(version: str) -> Path:
     return target
 
 
-def prepared_host() -> Path:
-    """The ComfyUI that COMFYUI_PATH names, else the newest supported one, with all packages that scripts need.
+def prepared_hosts(
+    versions: Iterable[str], chosen: Sequence[str] = (), *, tests: bool = True, manager: bool = False
+) -> dict[str, Path]:
+    """{version: folder} of the ComfyUI that COMFYUI_PATH names, else of the chosen versions, all of them if none is.
 
-    Goes into the project's environment first, as `enter_environment` does. Raises SetupError.
+    Goes into the project's environment first, as `enter_environment` does. There is then what the newest and these
+    versions need, what `tests` do and what ComfyUI Manager does. Raises SetupError.
     """
     own = own_comfyui()
+    if own and chosen:
+        raise SetupError("COMFYUI_PATH already says which ComfyUI to use: unset it, or leave out --host.")
     enter_environment()
+    hosts = {version_of(own): own} if own else {v: fetch_host(v) for v in dict.fromkeys([NEWEST, *versions])}
+    extra = manager_requirements(next(iter(hosts.values()))) if manager else []
+    extra += test_requirements() if tests else []
     if own:
-        check_own_environment(own, test_requirements())
-        return own
-    host = fetch_host(NEWEST)
-    install([*host_requirements([host]), *test_requirements()], "ComfyUI's packages")
-    return host
+        check_own_environment(own, extra)
+        return hosts
+    install([*host_requirements(hosts.values()), *extra], "ComfyUI's packages" + " and the tests'" * tests)
+    return {version: hosts[version] for version in chosen or versions}
+
+
+def prepared_host() -> Path:
+    """The ComfyUI that COMFYUI_PATH names, else the newest supported one, with all packages that scripts need."""
+    return next(iter(prepared_hosts([NEWEST]).values()))
 
 
 def _remove(folder: Path) -> None:
