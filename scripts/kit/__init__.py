@@ -1,6 +1,6 @@
-"""What the scripts share, and what each does once its environment is there.
+"""What the scripts share, and what each of them does once its environment is there.
 
-Of these modules environment, hosts, server and evaluation's names need nothing installed.
+environment, hosts and server need nothing installed, nor do the names that --help lists (evaluation, workflows).
 """
 
 from . import paths as paths

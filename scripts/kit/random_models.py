@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,33 +45,35 @@ def provide_models(models: Path, pictures: Path) -> dict[str, str]:
 
     Returns the file names by the graph's input: "ckpt_name", "clip_name", "encoder_name" and "image".
     """
+    this, core = Path(__file__), sorted((REPO / "nested_core").glob("[!_]*.py"))
     models.mkdir(parents=True, exist_ok=True)
     with FileLock(models / ".lock"):  # tests of several hosts run side by side
-        return _provide_models(models, pictures)
-
-
-def _provide_models(models: Path, pictures: Path) -> dict[str, str]:
-    recipe = _hash(Path(__file__))
-    encoder_recipe = _hash(Path(__file__), *sorted((REPO / "nested_core").glob("[!_]*.py")))
-    checkpoint = models / "checkpoints" / CHECKPOINT
-    clip_vision = models / "clip_vision" / CLIP_VISION
-    encoder = models / "nested_attention" / ENCODER
-    if not _is_made(checkpoint, recipe):
-        say(f"making {CHECKPOINT}: SDXL with a narrow U-Net, 1.2 billion random weights, 2.4 GB")
-        _write(checkpoint, recipe, checkpoint_state_dict())
-    if not _is_made(clip_vision, recipe):
-        say(f"making {CLIP_VISION}: CLIP ViT-L/14, random weights, 0.6 GB")
-        _write(clip_vision, recipe, clip_vision_state_dict())
-    if not _is_made(encoder, encoder_recipe):
-        say(f"making {ENCODER}: nested encoder, 64 tokens, random weights, 0.2 GB")
-        write_nested_encoder(encoder)
-        _mark(encoder, encoder_recipe)
+        _provide(models / "checkpoints" / CHECKPOINT, "SDXL with a narrow U-Net, 1.2 billion random weights, 2.4 GB",
+                 [this], lambda path: save_tensors(path, checkpoint_state_dict(), None, "model"))  # fmt: skip
+        _provide(models / "clip_vision" / CLIP_VISION, "CLIP ViT-L/14, random weights, 0.6 GB",
+                 [this], lambda path: save_tensors(path, clip_vision_state_dict(), None, "model"))  # fmt: skip
+        _provide(models / "nested_attention" / ENCODER, "nested encoder, 64 tokens, random weights, 0.2 GB",
+                 [this, *core], lambda path: write_encoder(path, nested_encoder().to(torch.float16)))  # fmt: skip
     if not (pictures / PHOTO).is_file():
-        write_photo(pictures / PHOTO)
+        pictures.mkdir(parents=True, exist_ok=True)
+        # Eileen Collins, by NASA, in the public domain.
+        with whole(pictures / PHOTO) as part:
+            Image.fromarray(skimage.data.astronaut()).save(part, "PNG")
     return {"ckpt_name": CHECKPOINT, "clip_name": CLIP_VISION, "encoder_name": ENCODER, "image": PHOTO}
 
 
-# --- state dicts, also for tests that run inside the host ------------------------------------------------------------
+def _provide(path: Path, what: str, sources: Sequence[Path], write: Callable[[Path], None]) -> None:
+    """Makes a file unless it is there as these sources make it."""
+    recipe = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    # Not beside the file: a folder of models should list nothing else.
+    stamp = path.parents[1] / ".stamps" / path.name
+    if path.is_file() and stamp.is_file() and stamp.read_text("utf-8") == recipe:
+        return
+    say(f"making {path.name}: {what}")
+    for folder in (path.parent, stamp.parent):
+        folder.mkdir(exist_ok=True)
+    write(path)
+    stamp.write_text(recipe, "utf-8")
 
 
 def unet_config(family: str) -> dict[str, Any]:
@@ -117,23 +119,10 @@ def unet_config(family: str) -> dict[str, Any]:
     raise ValueError(f'family is "sdxl" or "sd15", got "{family}"')
 
 
-def unet_state_dict(family: str, seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Weights of a narrow U-Net in ComfyUI's key names, without "model.diffusion_model."; float32 unless told."""
-    unet = UNetModel(**unet_config(family), device="meta", operations=comfy.ops.manual_cast)
-    return randomise(unet.state_dict(), seed, dtype)
-
-
-def text_encoders_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Weights of SDXL's CLIP-L and CLIP-G at full size, in a checkpoint's key names."""
-    # A model config only for the renaming that ComfyUI does when it saves a checkpoint.
-    sdxl = comfy.supported_models.SDXL({})
-    return sdxl.process_clip_state_dict_for_saving(
-        randomise(comfy.sdxl_clip.SDXLClipModel(device="meta").state_dict(), seed, dtype)
-    )
-
-
-def vae_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Weights of the VAE of SD 1.5 and SDXL, without "first_stage_model."."""
+def checkpoint_state_dict() -> dict[str, torch.Tensor]:
+    """A whole SDXL checkpoint with a narrow U-Net, fp16: what CheckpointLoaderSimple opens."""
+    unet = UNetModel(**unet_config("sdxl"), device="meta", operations=comfy.ops.manual_cast).state_dict()
+    texts = comfy.sdxl_clip.SDXLClipModel(device="meta").state_dict()
     shape = {
         "double_z": True,
         "z_channels": 4,
@@ -148,42 +137,38 @@ def vae_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str,
     }
     with torch.device("meta"):
         vae = AutoencoderKL(ddconfig=shape, embed_dim=4)
-    return randomise(vae.state_dict(), seed, dtype)
-
-
-def checkpoint_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """A whole SDXL checkpoint with a narrow U-Net, float16 unless told: what CheckpointLoaderSimple opens."""
-    dtype = dtype or torch.float16
+    # A model config only for the renaming that ComfyUI does when it saves a checkpoint.
+    sdxl = comfy.supported_models.SDXL({})
     return {
-        **{f"model.diffusion_model.{k}": v for k, v in unet_state_dict("sdxl", seed, dtype).items()},
-        **text_encoders_state_dict(seed, dtype),
-        **{f"first_stage_model.{k}": v for k, v in vae_state_dict(seed, dtype).items()},
+        **{f"model.diffusion_model.{k}": v for k, v in randomise(unet, dtype=torch.float16).items()},
+        **sdxl.process_clip_state_dict_for_saving(randomise(texts, dtype=torch.float16)),
+        **{f"first_stage_model.{k}": v for k, v in randomise(vae.state_dict(), dtype=torch.float16).items()},
     }
 
 
-def clip_vision_state_dict(seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """A CLIP ViT-L/14 vision tower (224 px, hidden 1024), float16 unless told: what CLIPVisionLoader opens."""
+def clip_vision_state_dict() -> dict[str, torch.Tensor]:
+    """A CLIP ViT-L/14 vision tower (224 px, hidden 1024), fp16: what CLIPVisionLoader opens."""
     config = json.loads(Path(comfy.__path__[0], "clip_vision_config_vitl.json").read_text("utf-8"))
     tower = comfy.clip_model.CLIPVisionModelProjection(config, torch.float16, "meta", comfy.ops.manual_cast)
-    return randomise(tower.state_dict(), seed, dtype or torch.float16)
+    return randomise(tower.state_dict(), dtype=torch.float16)
 
 
-def nested_encoder(seed: int = 0, tokens: int = 64, feature_dim: int = 1024) -> NestedEncoder:
-    """A nested encoder for the narrow SDXL: all 70 layers 320 wide, a small resampler; for CLIP ViT-L/14 by default."""
+def nested_encoder() -> NestedEncoder:
+    """A nested encoder for the narrow SDXL: all 70 layers 320 wide, a small resampler; for CLIP ViT-L/14."""
     config = EncoderConfig(
         kind="nested",
         family="sdxl",
         base_model="random narrow SDXL",
-        tokens=tokens,
+        tokens=64,
         token_dim=2048,
-        feature_dim=feature_dim,
+        feature_dim=1024,
         licence="none needed: random numbers",
         title="random weights, for trying the nodes: knows no subject",
         widths=(320,) * 70,
         resampler=ResamplerShape(dim=512, depth=2, heads=8, dim_head=64, ff_mult=2),
     )
     encoder = NestedEncoder.from_config(config, device="meta")
-    encoder.load_state_dict(randomise(encoder.state_dict(), seed, torch.float32), assign=True)
+    encoder.load_state_dict(randomise(encoder.state_dict()), assign=True)
     return encoder.eval().requires_grad_(False)
 
 
@@ -209,45 +194,3 @@ def randomise(
             generator = torch.Generator().manual_seed(int.from_bytes(key[:6], "big"))
             made[name] = (torch.randn(like.shape, generator=generator) * fan_in**-0.5).to(dtype or torch.float32)
     return made
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def write_nested_encoder(path: Path, seed: int = 0) -> None:
-    """Writes `nested_encoder` as a float16 encoder file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_encoder(path, nested_encoder(seed).to(torch.float16))
-
-
-def write_photo(path: Path) -> None:
-    """Writes a photograph that scikit-image ships: the astronaut Eileen Collins, by NASA, in the public domain."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    with whole(path) as part:
-        Image.fromarray(skimage.data.astronaut()).save(part, "PNG")
-
-
-def _write(path: Path, recipe: str, state_dict: dict[str, torch.Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, state_dict, None, "model")
-    _mark(path, recipe)
-
-
-def _hash(*files: Path) -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _is_made(path: Path, recipe: str) -> bool:
-    stamp = _stamp(path)
-    return path.is_file() and stamp.is_file() and stamp.read_text("utf-8") == recipe
-
-
-def _mark(path: Path, recipe: str) -> None:
-    _stamp(path).parent.mkdir(exist_ok=True)
-    _stamp(path).write_text(recipe, "utf-8")
-
-
-def _stamp(path: Path) -> Path:
-    # Not beside the file: a folder of models should list nothing else.
-    return path.parents[1] / ".stamps" / path.name

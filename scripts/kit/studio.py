@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.clip_vision
@@ -54,6 +54,14 @@ VIT_H = {
 }
 
 
+_MODULES = [
+    *(f"nested_core.hosts.comfy.{name}" for name in (
+        "layer", "apart", "store", "unet", "values", "apply", "run", "text", "prompt", "recording")),
+    *(f"nested_core.{name}" for name in ("attention", "encoder", "subject", "layers", "checkpoint", "errors")),
+    "nodes.folders",
+]  # fmt: skip
+
+
 def load_pack() -> SimpleNamespace:
     """The loaded pack: `nodes` (node id -> class), the host's nodes, and the modules of its nested_core."""
     asyncio.run(host_nodes.init_builtin_extra_nodes())
@@ -61,29 +69,10 @@ def load_pack() -> SimpleNamespace:
     assert asyncio.run(host_nodes.load_custom_node(str(REPO))), "the host did not load the pack: see the log above"
     (name,) = {m.removesuffix(".nested_core") for m in set(sys.modules) - before if m.endswith(".nested_core")}
 
-    def module(path: str) -> ModuleType:
-        return sys.modules[f"{name}.{path}"]
-
     return SimpleNamespace(
         nodes={k: v for k, v in host_nodes.NODE_CLASS_MAPPINGS.items() if k.startswith("Nested")},
         host_nodes=host_nodes.NODE_CLASS_MAPPINGS,
-        layer=module("nested_core.hosts.comfy.layer"),
-        apart=module("nested_core.hosts.comfy.apart"),
-        store=module("nested_core.hosts.comfy.store"),
-        unet=module("nested_core.hosts.comfy.unet"),
-        values=module("nested_core.hosts.comfy.values"),
-        apply=module("nested_core.hosts.comfy.apply"),
-        run=module("nested_core.hosts.comfy.run"),
-        text=module("nested_core.hosts.comfy.text"),
-        prompt=module("nested_core.hosts.comfy.prompt"),
-        recording=module("nested_core.hosts.comfy.recording"),
-        attention=module("nested_core.attention"),
-        encoder=module("nested_core.encoder"),
-        subject=module("nested_core.subject"),
-        layers=module("nested_core.layers"),
-        checkpoint=module("nested_core.checkpoint"),
-        errors=module("nested_core.errors"),
-        folders=module("nodes.folders"),
+        **{path.rpartition(".")[2]: sys.modules[f"{name}.{path}"] for path in _MODULES},
     )
 
 
