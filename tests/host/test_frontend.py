@@ -215,8 +215,7 @@ def test_controlnet_and_lora_change_the_picture(page, server):
                 node["widgets_values"][0] = float(controlled)
             elif node["type"] == "LoraLoader":
                 node["widgets_values"][1] = float(styled)
-        browser.load(page, graph, "controlnet_and_lora")
-        return pictures(server, browser.queue(page, server))[-1]
+        return pictures(server, browser.load_and_run(page, server, graph, "controlnet_and_lora"))[-1]
 
     plain, controlled, styled = made(False, False), made(True, False), made(False, True)
     assert abs(controlled - plain).mean() > 0.02
