@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import world
 from nested_core.files import whole
-from world import Figure
+
+from . import world
+from .world import Figure
 
 PICTURES = 24_000  # of a whole training, drawn with its seed
 

@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection
 
-import models
 from nested_core.files import save_tensors
+
+from . import models
 
 LICENCE = "Apache-2.0"
 UNET, TEXT, CODEC = "model.diffusion_model.", "cond_stage_model.transformer.text_model.", "first_stage_model."

@@ -28,9 +28,10 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-import world
 from nested_core.encoder import EncoderConfig, ResamplerShape
 from nested_core.training import EncoderSettings
+
+from . import world
 
 LATENT_CHANNELS = 16
 LATENT_SIZE = world.SIZE // 8

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 
-import _setup
+from kit.environment import OLDEST_TORCH, install, run_main
+from kit.hosts import OLDEST, fetch_host, host_requirements, test_requirements
 
 # What these tests need of tests/requirements.txt; newer diffusers, say, want a newer PyTorch.
 NEEDED = ("pytest", "scikit-image")
@@ -15,15 +16,15 @@ NEEDED = ("pytest", "scikit-image")
 
 def main() -> int:
     """Returns pytest's exit code."""
-    needed = _setup.host_requirements([_setup.fetch_host(_setup.OLDEST)])
+    needed = host_requirements([fetch_host(OLDEST)])
     # No frontend: no browser looks at these tests.
     needed = [line for line in needed if not line.startswith("comfyui-")]
-    needed += [line for line in _setup.test_requirements() if line.startswith(NEEDED)]
-    _setup.install(needed, "the oldest PyTorch", _setup.OLDEST_TORCH)
+    needed += [line for line in test_requirements() if line.startswith(NEEDED)]
+    install(needed, "the oldest PyTorch", OLDEST_TORCH)
     import pytest
 
     return pytest.main(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    _setup.run_main(main)
+    run_main(main)

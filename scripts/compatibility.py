@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import _setup
-from _setup import HOSTS, REPO, STATE, SetupError, say
+from kit.environment import SetupError, run_main, say
+from kit.hosts import HOSTS
+from kit.paths import REPO, STATE
 
 PAGE = REPO / "docs" / "compatibility.md"
 _SIGNS = {"passed": "yes", "skipped": "no such node", "failed": "**fails**"}
@@ -120,4 +121,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _setup.run_main(main)
+    run_main(main)

@@ -22,9 +22,8 @@ except ImportError:
 
 import torch
 
-from _setup import REPO
+import kit  # noqa: F401 - nested_core is found from here on
 
-sys.path.insert(0, str(REPO))
 READERS = [f"nested_core.{name}" for name in ("files", "checkpoint", "subject", "encoder")]
 with atheris.instrument_imports(include=READERS):
     from nested_core.checkpoint import identify, read_encoder, write_encoder

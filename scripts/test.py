@@ -5,10 +5,10 @@
     python scripts/test.py -k prompt -x           arguments it does not know go to pytest
     python scripts/test.py tests/unit/test_x.py   only these tests, no linters
 
-Sets up what it needs first (see _setup.py). With COMFYUI_PATH the host tests run inside that ComfyUI, with the Python
-this is started with. A few of them run a second time, in the oldest ComfyUI with the oldest PyTorch, for which there is
-an environment of its own. Stages run side by side, as many as there are cores (at most three); every line says whose
-it is.
+Sets up what it needs first. With COMFYUI_PATH the host tests run inside that ComfyUI, with the Python that this is
+started with. A few of them run a second time, in the oldest ComfyUI with the oldest PyTorch, for which there is an
+environment of its own. Stages run side by side, as many as there are cores (at most three); every line says whose it
+is.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import _setup
 import compatibility
-from _setup import HOSTS, NEWEST, OLDEST, REPO, STATE, SetupError, say
+from kit.environment import make_environment, own_comfyui, run_main, say
+from kit.hosts import HOSTS, NEWEST, OLDEST, make_link, prepared_hosts, unlink
+from kit.paths import REPO, STATE, VENV_OLDEST_TORCH
 
 NOTHING_COLLECTED = 5  # pytest's exit code
 # Long, and not about the host's version: these run in the newest ComfyUI alone, unless they are asked for.
@@ -45,20 +46,11 @@ def main() -> int:
     paths = [word for word in extra if word.startswith("tests") and (REPO / word.split("::")[0]).exists()]
     options = [word for word in extra if word not in paths]
 
-    own = _setup.own_comfyui()
-    if own and arguments.host:
-        raise SetupError("COMFYUI_PATH already says which ComfyUI to test with: unset it, or leave out --host.")
-    _setup.enter_environment()
-    if own:
-        _setup.check_own_environment(own, [*_setup.test_requirements(), *_setup.manager_requirements(own)])
-        hosts = {_setup.version_of(own): own}
-    else:
-        every = {version: _setup.fetch_host(version) for version in HOSTS}
-        needed = [*_setup.host_requirements(every.values()), *_setup.manager_requirements(every[NEWEST])]
-        _setup.install([*needed, *_setup.test_requirements()], "ComfyUI's packages and the tests'")
-        hosts = {version: every[version] for version in arguments.host or HOSTS}
+    own = own_comfyui()
+    hosts = prepared_hosts(HOSTS, arguments.host or (), manager=True)
 
     python = [sys.executable, "-m"]
+    pytest = [*python, "pytest", "--durations=10", "--durations-min=5"]  # where the time goes
     # Stage: (command, environment). The linters have no say over a run of chosen tests.
     stages: dict[str, tuple[list[str], dict[str, str]]] = {}
     if not extra:
@@ -69,10 +61,10 @@ def main() -> int:
             {"MYPYPATH": str(STATE)},
         )
     if chosen := _within(paths, "tests/unit"):
-        stages["unit tests"] = ([*python, "pytest", *chosen, *options], {})
+        stages["unit tests"] = ([*pytest, *chosen, *options], {})
     if chosen := _within(paths, "tests/host"):
         for version, host in hosts.items():
-            command = [*python, "pytest", *chosen, *options]
+            command = [*pytest, *chosen, *options]
             environment = {"COMFYUI_PATH": str(host)}
             if not extra:
                 between = not own and version not in (NEWEST, OLDEST)
@@ -81,12 +73,12 @@ def main() -> int:
                 environment["NESTED_ATTENTION_COMPATIBILITY"] = str(compatibility.results_file(version))
             stages[f"host tests, ComfyUI {version}"] = (command, environment)
             if not extra and (own or version == NEWEST):
-                stages[f"once, ComfyUI {version}"] = ([*python, "pytest", *ONCE], {"COMFYUI_PATH": str(host)})
+                stages[f"once, ComfyUI {version}"] = ([*pytest, *ONCE], {"COMFYUI_PATH": str(host)})
         again = [path for path in chosen if path.startswith(tuple(WITH_OLDEST_TORCH))]
         if "tests/host" in chosen:
             again = WITH_OLDEST_TORCH
         if again and not own and OLDEST in hosts and sys.version_info < (3, 13):  # PyTorch 2.4 has no builds for newer
-            old = _setup.make_environment(_setup.VENV_OLDEST_TORCH)
+            old = make_environment(VENV_OLDEST_TORCH)
             command = [str(old), "scripts/_oldest_torch.py", *again, *options]
             stages["host tests, oldest PyTorch"] = (command, {"COMFYUI_PATH": str(hosts[OLDEST])})
 
@@ -94,7 +86,7 @@ def main() -> int:
         results = _run(stages)
     finally:
         if os.path.lexists(PACKAGE):
-            _setup.unlink(PACKAGE)  # a link of the repository in itself is a trap for whatever walks folders
+            unlink(PACKAGE)  # a link of the repository in itself is a trap for whatever walks folders
     code = _report(results, chosen=bool(extra))
     if code or extra or list(hosts) != list(HOSTS):
         return code
@@ -143,7 +135,7 @@ def _as_package() -> str:
     """The name under which the repository can be imported whole, as ComfyUI does it: the nodes import relatively."""
     STATE.mkdir(exist_ok=True)
     if not os.path.lexists(PACKAGE):
-        _setup.make_link(PACKAGE)
+        make_link(PACKAGE)
     return PACKAGE.name
 
 
@@ -176,4 +168,4 @@ def _report(results: dict[str, tuple[int, float]], chosen: bool) -> int:
 
 
 if __name__ == "__main__":
-    _setup.run_main(main)
+    run_main(main)

@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import _setup
-from _setup import REPO, say
+from kit.environment import run_main, say
+from kit.hosts import prepared_host
+from kit.paths import REPO
 
 LOCALES = REPO / "locales"
 
@@ -39,17 +40,18 @@ def node_definitions(nodes: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    host = _setup.prepared_host()
-
-    import _studio
+    host = prepared_host()
+    from kit.inside import import_host  # needs packages that are there only now
 
     with tempfile.TemporaryDirectory() as base:
-        _studio.import_host(host, Path(base))
-        texts = node_definitions(_studio.load_pack().nodes)
+        import_host(host, Path(base))
+        from kit import studio
+
+        texts = node_definitions(studio.load_pack().nodes)
     (LOCALES / "en" / "nodeDefs.json").write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", "utf-8")
     say(f"written: {LOCALES / 'en' / 'nodeDefs.json'}")
     return 0
 
 
 if __name__ == "__main__":
-    _setup.run_main(main)
+    run_main(main)

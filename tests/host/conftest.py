@@ -1,6 +1,6 @@
 """A real ComfyUI in this process: COMFYUI_PATH names it (`python scripts/test.py` gets one and sets that).
 
-Models have random weights and are small: `scripts/_studio.py`.
+Models have random weights and are small: `scripts/kit/studio.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -17,13 +16,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import skimage.data
+import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+from kit.inside import import_host
 
-import _studio  # noqa: E402
+HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
+BASE = Path(tempfile.mkdtemp(prefix="nested-attention-host-"))
+import_host(HOST, BASE)  # before anything that imports ComfyUI's modules, the tests among them
+
+from kit import studio  # noqa: E402
 
 _SEEN = pytest.StashKey[list[dict[str, str]]]()
-HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,9 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_SEEN] = []
     # Told to stop, as by Ctrl-C: fixtures end, and the servers that they started with them.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    base = tempfile.mkdtemp(prefix="nested-attention-host-")
-    config.add_cleanup(lambda: shutil.rmtree(base, ignore_errors=True))
-    _studio.import_host(HOST, Path(base))
+    config.add_cleanup(lambda: shutil.rmtree(BASE, ignore_errors=True))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -56,40 +58,35 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def _as_the_host_executes_nodes():
-    import torch
-
     with torch.inference_mode():
         yield
 
 
 @pytest.fixture(scope="session")
 def pack() -> SimpleNamespace:
-    return _studio.load_pack()
+    return studio.load_pack()
 
 
 @pytest.fixture(scope="session")
 def clip_vision():
     """CLIP_VISION of the kind of ViT-H (hidden 1280) with three layers."""
-    return _studio.make_clip_vision(num_hidden_layers=3, intermediate_size=256)
+    return studio.make_clip_vision(num_hidden_layers=3, intermediate_size=256)
 
 
 @pytest.fixture(scope="session")
 def photo():
     """IMAGE (1, 512, 512, 3): the astronaut."""
-    import skimage.data
-    import torch
-
     return torch.from_numpy(skimage.data.astronaut()).float()[None] / 255
 
 
 @pytest.fixture(scope="session")
 def sdxl(pack, clip_vision, photo):
-    return _studio.Studio(pack, "sdxl", clip_vision, photo)
+    return studio.Studio(pack, "sdxl", clip_vision, photo)
 
 
 @pytest.fixture(scope="session")
 def sd15(pack, clip_vision, photo):
-    return _studio.Studio(pack, "sd15", clip_vision, photo)
+    return studio.Studio(pack, "sd15", clip_vision, photo)
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +99,7 @@ def node(pack):
     def run(node_id, all_outputs=False, where_known=None, **inputs):
         if node_id not in pack.host_nodes:
             pytest.skip(f"this ComfyUI has no node {node_id}")
-        outputs = _studio.run_node(pack.host_nodes[node_id], where_known, **inputs)
+        outputs = studio.run_node(pack.host_nodes[node_id], where_known, **inputs)
         return outputs if all_outputs else outputs[0]
 
     return run

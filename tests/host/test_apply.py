@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import weakref
 
+import comfy.model_management
 import pytest
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +227,6 @@ class _Add:
         self.amounts.append(amount)
 
     def __call__(self, q, k, v, extra_options):
-        from comfy.ldm.modules.attention import optimized_attention
-
         return optimized_attention(q, k, v, extra_options["n_heads"]) + sum(self.amounts)
 
 
@@ -284,8 +284,6 @@ def test_models_in_other_types(sdxl, fired, weights, compute):
 
 
 def test_an_interrupted_run_leaves_nothing_behind(pack, scene, sdxl):
-    import comfy.model_management
-
     model, _, positive, negative = scene
     before = sdxl.sample(model, positive, negative)
     comfy.model_management.interrupt_current_processing()

@@ -6,11 +6,25 @@ A test with the mark `works_with(group, what, how)` is a row of that table; `scr
 from __future__ import annotations
 
 import copy
+import os
 
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.gligen
+import comfy.ldm.modules.attention as host_attention
+import comfy.model_patcher
+import comfy.ops
+import comfy.sample
+import comfy.samplers
+import comfy.supported_models
+import folder_paths
 import pytest
 import torch
+from comfy.ldm.modules.attention import optimized_attention
+from safetensors.torch import save_file
 
-import _studio
+from kit import random_models
+from kit.studio import Studio
 
 SIZE = (16, 16)
 
@@ -18,7 +32,7 @@ SIZE = (16, 16)
 @pytest.fixture(scope="module")
 def studio(pack, clip_vision, photo):
     """A small SD 1.5, wider towards the middle: some nodes go by the widths, or act on a grid that SDXL skips."""
-    return _studio.Studio(pack, "sd15", clip_vision, photo, channels=32, tapered=True)
+    return Studio(pack, "sd15", clip_vision, photo, channels=32, tapered=True)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +70,6 @@ def row(group, what, how, *values):
 
 def _lora_file(studio):
     """A LoRA of the usual kind, on self- and cross-attention of two layers."""
-    import os
-
-    import folder_paths
-    from safetensors.torch import save_file
-
     path = os.path.join(folder_paths.get_folder_paths("loras")[0], f"{studio.family}.safetensors")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     generator = torch.Generator().manual_seed(1)
@@ -78,10 +87,6 @@ def _lora_file(studio):
 
 
 def _hypernetwork_file():
-    import os
-
-    import folder_paths
-
     path = os.path.join(folder_paths.get_folder_paths("hypernetworks")[0], "net.pt")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     generator = torch.Generator().manual_seed(2)
@@ -164,8 +169,6 @@ def test_patches_before_and_after_make_the_same_picture(node, studio, anna, scen
 
 
 def _plain_attention(q, k, v, extra_options):
-    from comfy.ldm.modules.attention import optimized_attention
-
     return optimized_attention(q, k, v, extra_options["n_heads"])
 
 
@@ -332,12 +335,6 @@ def test_doubled_keys_and_values(node, sdxl, fired):
 
 def _controlnet(studio):
     """A ControlNet with random weights that fits the studio's model, as the host's loader makes it."""
-    import comfy.cldm.cldm
-    import comfy.controlnet
-    import comfy.ops
-
-    import random_models
-
     shape = {**studio.model.model.model_config.unet_config, "hint_channels": 3}
     shape = {k: v for k, v in shape.items() if k not in ("out_channels", "transformer_depth_output")}
     net = comfy.cldm.cldm.ControlNet(**shape | {"dtype": torch.float32}, operations=comfy.ops.manual_cast)
@@ -364,11 +361,6 @@ def test_controlnet(node, studio, anna, scene, fired, photo):
 
 @pytest.mark.works_with("Conditioning", "GLIGEN", "text boxes, on SD 1.5")
 def test_gligen(node, studio, fired):
-    import comfy.gligen
-    import comfy.model_patcher
-
-    import random_models
-
     shapes = {
         "position_net.null_positive_feature": (768,),
         "position_net.null_position_feature": (64,),
@@ -502,11 +494,6 @@ def test_inpainting(node, studio, scene, fired):
 
 @pytest.mark.works_with("Sampling", "Inpainting models (9 channels)", "with InpaintModelConditioning's inputs")
 def test_inpaint_models(studio, anna, fired):
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    import random_models
-
     config = comfy.supported_models.SD15({**studio.model.model.model_config.unet_config, "in_channels": 9})
     config.set_inference_dtype(torch.float32, None)
     inner = config.get_model({}, device=torch.device("cpu"))
@@ -575,9 +562,6 @@ def _acting(calls):
 
 @pytest.mark.works_with("Sampling", "Dual Model CFG Guider", "the subject on the positive model")
 def test_dual_model_guider(node, studio, scene, fired):
-    import comfy.sample
-    import comfy.samplers
-
     model, _, positive, negative = scene
     guider = node(
         "DualModelGuider", model=model, model_negative=studio.model, positive=positive, negative=negative, cfg=4.0
@@ -602,8 +586,6 @@ def test_dual_model_guider(node, studio, scene, fired):
 )
 def test_attention_backends(studio, scene, monkeypatch, function):
     """What the flags choose: the function by which the host, and so the nested attention, computes attention."""
-    import comfy.ldm.modules.attention as host_attention
-
     model, _, positive, negative = scene
     expected = studio.sample(model, positive, negative, size=(8, 8))
     chosen, lengths = getattr(host_attention, function), set()

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import folder_paths
 import pytest
 import torch
+from comfy.quant_ops import QuantizedTensor
+from safetensors.torch import save_file
 
 
 @pytest.fixture
@@ -20,8 +23,6 @@ def refused(pack):
 @pytest.fixture
 def models(pack):
     """A folder that Load Nested Encoder lists, with what other tests left there; emptied of what this one makes."""
-    import folder_paths
-
     folder = Path(folder_paths.get_folder_paths("nested_attention")[0])
     before = set(folder.iterdir())
     yield folder
@@ -121,9 +122,6 @@ def test_a_file_that_is_overwritten_while_loaded_changes_nothing(pack, sdxl, mod
 
 def test_scaled_fp8_files_of_the_host_s_kind_are_read_as_the_host_reads_them(pack, sdxl, models):
     """Each matrix as the host's own quantiser makes it, in the names of both generations of its files."""
-    from comfy.quant_ops import QuantizedTensor
-    from safetensors.torch import save_file
-
     plain = as_foreign(sdxl.encoder.module.state_dict())
     kept, files = dict(plain), {"weight_scale": dict(plain), "scale_weight": dict(plain)}
     for name, tensor in plain.items():
@@ -144,8 +142,6 @@ def test_scaled_fp8_files_of_the_host_s_kind_are_read_as_the_host_reads_them(pac
 
 
 def test_an_encoder_that_would_make_black_pictures_is_refused(pack, sdxl, refused, models):
-    from safetensors.torch import save_file
-
     state = as_foreign(sdxl.encoder.module.state_dict())
     state["adapter.3.to_k_nest.weight"] = torch.full_like(state["adapter.3.to_k_nest.weight"], torch.nan)
     save_file(state, models / "nan.safetensors")

@@ -7,19 +7,18 @@ import json
 import os
 from pathlib import Path
 
-import _browser
 import numpy as np
 import pytest
 from PIL import Image
 
-import _setup
-import small_world
+from kit import browser, small_world
+from kit.graphs import picture_file
+from kit.hosts import NEWEST, version_of
+from kit.paths import REPO
+from kit.server import Server
 
 HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
-REPO = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    _setup.version_of(HOST) != _setup.NEWEST, reason="the frontend is that of the newest ComfyUI"
-)
+pytestmark = pytest.mark.skipif(version_of(HOST) != NEWEST, reason="the frontend is that of the newest ComfyUI")
 # What it loads is what another one saves.
 NAMES = sorted((path.stem for path in (REPO / "workflows").glob("*.json")), key=lambda name: name != "save_subject")
 BLUEPRINTS = sorted(path.stem for path in (REPO / "subgraphs").glob("*.json"))
@@ -43,19 +42,19 @@ def server(tmp_path_factory):
     # The host brings a picture of this name, which the workflows show until there is another.
     Image.radial_gradient("L").save(work / "input" / "example.png")
     small_world.provide_models(models)
-    with _setup.Server(HOST, work, models=models, only=small_world.link_packs(HOST)) as running:
+    with Server(HOST, work, models=models, only=small_world.link_packs(HOST)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def chromium():
-    with _browser.browser() as opened:
+    with browser.browser() as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def page(chromium, server):
-    return _browser.frontend(chromium, server)
+    return browser.frontend(chromium, server)
 
 
 def content(page, graph=None):
@@ -76,8 +75,8 @@ def pictures(server, entry):
     found = []
     for output in entry["outputs"].values():
         for image in output.get("images", []):
-            path = server.work / image["type"] / image["subfolder"] / image["filename"]
-            found.append(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255)
+            picture = Image.open(picture_file(server, image)).convert("RGB")
+            found.append(np.asarray(picture, dtype=np.float32) / 255)
     return found
 
 
@@ -100,7 +99,7 @@ def test_what_a_graph_needs_of_the_host_is_seen(page):
         assert content(page, changed) != whole
     strange = copy.deepcopy(graph)
     applied(strange)["type"] = "NestedNotThere"
-    _browser.load(page, strange, "strange")
+    browser.load(page, strange, "strange")
     assert missing(page) == ["NestedNotThere"]
     assert {node.split()[1] for node in in_error(page)} >= {"CheckpointLoaderSimple"}, "files that are not there"
 
@@ -108,16 +107,16 @@ def test_what_a_graph_needs_of_the_host_is_seen(page):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_opens_runs_and_stays_as_it_was(page, server, name):
     shared = workflow(name)
-    _browser.load(page, shared, name)
+    browser.load(page, shared, name)
     assert missing(page) == []
     assert content(page) == content(page, shared), "opened and saved"
     page.evaluate("async () => { await app.loadGraphData(app.graph.serialize()) }")
     assert content(page) == content(page, shared), "saved, opened and saved again"
 
     here = in_a_few_steps(small_world.with_models(shared, server.input))
-    _browser.load(page, here, name)
+    browser.load(page, here, name)
     assert in_error(page) == []
-    entry = _browser.queue(page, server)
+    entry = browser.queue(page, server)
     made = pictures(server, entry)
     assert made and all(picture.std() > 0.05 for picture in made), "pictures, none of them of one colour"
     assert in_error(page) == []
@@ -126,7 +125,7 @@ def test_a_workflow_opens_runs_and_stays_as_it_was(page, server, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_twin_for_scripts_is_what_the_frontend_would_send(page, name):
-    _browser.load(page, workflow(name), name)
+    browser.load(page, workflow(name), name)
     sent = page.evaluate("async () => (await app.graphToPrompt()).output")
     twin = json.loads((REPO / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
     assert sent == twin
@@ -154,7 +153,7 @@ def test_models_can_be_downloaded_from_where_they_are_missing(page, name):
 
 
 def test_the_missing_models_are_offered(page, server):
-    _browser.load(page, workflow("first_portrait"), "first_portrait")
+    browser.load(page, workflow("first_portrait"), "first_portrait")
     page.get_by_text("View details").click()
     for name in ("sd_xl_base_1.0.safetensors", "CLIP-ViT-H-14", "NestedAttentionEncoder.safetensors"):
         page.get_by_text(name).first.wait_for()
@@ -176,20 +175,13 @@ def test_a_blueprint_opens_as_one_node_and_runs(page, server, title):
     assert title in known
     blueprint = json.loads((REPO / "subgraphs" / f"{title}.json").read_text("utf-8"))
     small_world.with_models(blueprint, server.input)
-    _browser.load(page, blueprint, title)
+    browser.load(page, blueprint, title)
     assert missing(page) == []
     # A graph around it, as a user would wire it.
     page.evaluate(
         """([checkpoint, images, prompt]) => {
-          const graph = app.graph, [subject] = graph._nodes
-          const make = (type, widgets) => {
-            const node = LiteGraph.createNode(type)
-            graph.add(node)
-            for (const [name, value] of Object.entries(widgets)) node.widgets.find((w) => w.name === name).value = value
-            return node
-          }
-          const link = (from, output, to, input) => from.connect(
-            from.outputs.findIndex((o) => o.name === output), to, to.inputs.findIndex((i) => i.name === input))
+          const [subject] = app.graph._nodes, { link } = nested
+          const make = (type, widgets) => nested.make({ type, widgets })
           const loader = make('CheckpointLoaderSimple', { ckpt_name: checkpoint })
           const photos = subject.inputs.filter((i) => i.type === 'IMAGE').map((i) => i.name)
           photos.forEach((name, i) => link(make('LoadImage', { image: images[i] }), 'IMAGE', subject, name))
@@ -206,7 +198,7 @@ def test_a_blueprint_opens_as_one_node_and_runs(page, server, title):
         }""",
         [small_world.CHECKPOINT, ["example.png", "example.png"], _prompt_for(title)],
     )
-    assert pictures(server, _browser.queue(page, server))
+    assert pictures(server, browser.queue(page, server))
 
 
 def _prompt_for(title):
@@ -223,8 +215,7 @@ def test_controlnet_and_lora_change_the_picture(page, server):
                 node["widgets_values"][0] = float(controlled)
             elif node["type"] == "LoraLoader":
                 node["widgets_values"][1] = float(styled)
-        _browser.load(page, graph, "controlnet_and_lora")
-        return pictures(server, _browser.queue(page, server))[-1]
+        return pictures(server, browser.load_and_run(page, server, graph, "controlnet_and_lora"))[-1]
 
     plain, controlled, styled = made(False, False), made(True, False), made(False, True)
     assert abs(controlled - plain).mean() > 0.02
@@ -236,7 +227,7 @@ def test_controlnet_and_lora_change_the_picture(page, server):
 def test_words_in_angle_brackets_are_shown(page, server):
     """The frontend takes a node's text for HTML."""
     graph = in_a_few_steps(small_world.with_models(workflow("first_portrait"), server.input))
-    _browser.load(page, graph, "binding")
+    browser.load(page, graph, "binding")
     page.evaluate(
         """() => {
           const shown = LiteGraph.createNode('NestedShowBinding')
@@ -244,7 +235,7 @@ def test_words_in_angle_brackets_are_shown(page, server):
           app.graph._nodes.find((n) => n.title === 'Prompt with <person>').connect(0, shown, 0)
         }"""
     )
-    _browser.queue(page, server)
+    browser.queue(page, server)
     page.get_by_text("[<person>: robot]").first.wait_for()
 
 
@@ -252,8 +243,8 @@ def test_words_in_angle_brackets_are_shown(page, server):
 
 
 def test_the_help_panel_shows_a_nodes_page_with_its_picture(page):
-    _browser.load(page, workflow("first_portrait"), "first_portrait")
-    _browser.open_help(page, "NestedApplySubject")
+    browser.load(page, workflow("first_portrait"), "first_portrait")
+    browser.open_help(page, "NestedApplySubject")
     page.get_by_text("Common mistakes").wait_for()
     picture = page.locator("img[src*='NestedApplySubject']").first
     picture.wait_for()
@@ -266,13 +257,13 @@ def test_the_help_panel_shows_a_nodes_page_with_its_picture(page):
 
 @pytest.fixture(scope="module")
 def vue_page(chromium, server, page):
-    return _browser.frontend(chromium, server, 2400, 1400, {"Comfy.VueNodes.Enabled": True})
+    return browser.frontend(chromium, server, 2400, 1400, {"Comfy.VueNodes.Enabled": True})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_node_lies_on_another(page, vue_page, name):
     for opened in (page, vue_page):
-        _browser.load(opened, workflow(name), name)
+        browser.load(opened, workflow(name), name)
         opened.evaluate("() => nested.fit()")
         opened.wait_for_timeout(700)
         elements = opened.locator("[data-node-id]").count()

@@ -9,6 +9,7 @@ import os
 import unicodedata
 
 import pytest
+from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -113,8 +114,6 @@ def flat(clip, text, branch):
 def expected_owners(tokenizer, text, subjects):
     """(who stands at each token of a prompt, who at the word that a token is of), by its bytes: tokens are strings of
     bytes, one after another. The two differ where a subject is glued to letters, as in "<anna>s"."""
-    from comfy.sd1_clip import escape_important, token_weights, unescape_important
-
     decode = {ord(letter): byte for byte, letter in _byte_letters().items()}
     exact, wide = [], []
     for segment, _ in token_weights(escape_important(text), 1.0):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import _studio
+from kit import studio
 
 
 def values(pack, **inputs):
-    return _studio.run_node(pack.nodes["NestedGridValues"], None, **inputs)
+    return studio.run_node(pack.nodes["NestedGridValues"], None, **inputs)
 
 
 def laid_out(pack, images, grid, cell=64):

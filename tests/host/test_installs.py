@@ -11,22 +11,20 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import zipfile
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-import _graphs
-import _setup
-import small_world
+from kit import graphs, small_world
+from kit.hosts import NEWEST, version_of
+from kit.paths import PACK, REPO, STATE
+from kit.server import Server
 
 HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
-REPO = Path(__file__).resolve().parents[2]
-PACK = "comfyui-nested-attention"
 pytestmark = pytest.mark.skipif(
-    _setup.version_of(HOST) != _setup.NEWEST, reason="ComfyUI Manager and the frontend are those of the newest ComfyUI"
+    version_of(HOST) != NEWEST, reason="ComfyUI Manager and the frontend are those of the newest ComfyUI"
 )
 COMFY_CLI = "comfy-cli==1.23.0"
 EXTRAS = ("accelerate", "diffusers", "jsonargparse", "matplotlib", "peft", "skimage", "webdataset")
@@ -70,7 +68,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def comfy():
     """comfy-cli's command, in an environment of its own: it has needs that are not the host's."""
-    home = _setup.STATE / "comfy-cli"
+    home = STATE / "comfy-cli"
     folder = home / ("Scripts" if os.name == "nt" else "bin")
     stamp = home / "installed.txt"
     with FileLock(f"{home}.lock"):
@@ -135,17 +133,17 @@ def test_it_runs_from_a_folder_of_another_name_without_any_extra(archive, tmp_pa
     loader = small_world.link_packs(HOST)[1]
     environment = {"PYTHONPATH": str(blocker)}
     subject = small_world.write_portraits(small_world.held_out_figures(1, 1, "robot"), root / "work" / "input")
-    graph = _graphs.subject_graph(names, "a <robot> in the snow", subject, steps=2)
-    with _setup.Server(
+    graph = graphs.subject_graph(names, "a <robot> in the snow", subject, steps=2)
+    with Server(
         HOST, root / "work", models=models, only=[pack.name, loader], environment=environment
     ) as server:  # fmt: skip
         assert any(str(pack) in line and "seconds:" in line for line in server.log_lines()), "from there"
         shipped = {page.stem for page in (REPO / "web" / "docs").glob("*.md")}
         assert {name for name in server.request("/object_info", timeout=120) if name.startswith("Nested")} == shipped
-        assert asyncio.run(_graphs.run_graph(server, graph, quiet=True))
+        assert asyncio.run(graphs.run_graph(server, graph, quiet=True))
         assert pack.name in server.request("/workflow_templates")
-        page = f"{server.url}/extensions/{pack.name}/docs/NestedApplySubject.md"
-        assert urllib.request.build_opener(urllib.request.ProxyHandler({})).open(page).read().startswith(b"# Apply")
+        page = server.fetch(f"/extensions/{pack.name}/docs/NestedApplySubject.md")
+        assert page.startswith(b"# Apply")
 
 
 def test_training_says_what_it_needs(archive, tmp_path):
@@ -191,13 +189,11 @@ def test_comfyui_manager_installs_and_updates_it(source, published, tmp_path):
     installed = base / "custom_nodes" / PACK
     options = ["--base-directory", str(base), "--enable-manager", "--enable-manager-legacy-ui"]
 
-    with _setup.Server(HOST, work, only=None, options=options) as server:
-        request = urllib.request.Request(f"{server.url}/v2/customnode/install/git_url", address.encode())
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        assert opener.open(request, timeout=120).status == 200
+    with Server(HOST, work, only=None, options=options) as server:
+        server.fetch("/v2/customnode/install/git_url", address.encode(), timeout=120)
         assert (installed / "__init__.py").is_file()
 
-    with _setup.Server(HOST, work, only=None, options=options) as server:
+    with Server(HOST, work, only=None, options=options) as server:
         assert "NestedApplySubject" in server.request("/object_info", timeout=120)
         assert server.request("/v2/customnode/installed")[PACK]["enabled"]
         marker = source / "nodes" / "marker.txt"

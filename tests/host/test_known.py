@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 
+import comfy.ops
+import comfy.patcher_extension
+import comfy.samplers
 import pytest
 import torch
+from comfy_extras import nodes_photomaker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import _studio
+from kit.studio import Studio
 
 SIZE = (8, 8)
 
 
 @pytest.fixture(scope="module")
 def studio(pack, clip_vision, photo):
-    return _studio.Studio(pack, "sd15", clip_vision, photo, channels=32, tapered=True)
+    return Studio(pack, "sd15", clip_vision, photo, channels=32, tapered=True)
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +245,6 @@ def test_two_subjects_at_one_place_are_refused(pack, studio, bound, refused):
 @pytest.mark.works_with("Prompt", "PhotoMaker Encode", "its trigger and the subject in one prompt")
 def test_photomaker(pack, sdxl, acted):
     """PhotoMaker puts a row of its own in the place of its trigger's: the subject keeps its own."""
-    import comfy.ops
-    from comfy_extras import nodes_photomaker
-
     fuse = nodes_photomaker.FuseModule(2048, comfy.ops.disable_weight_init)
     for parameter in fuse.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -264,8 +266,6 @@ def test_photomaker(pack, sdxl, acted):
 
 @pytest.mark.works_with("Other packs", "Noise added to texts while sampling (CADS)", "the subject stays where it is")
 def test_noise_on_texts_while_sampling(studio, bound, acted):
-    import comfy.samplers
-
     model, clip = bound
 
     def noisy(args):
@@ -363,8 +363,6 @@ def test_causes_of_a_missing_subject(pack, studio, bound, refused):
 
 @pytest.mark.parametrize("placeholder", ["[person]", "@anna"])
 def test_placeholders_that_loaders_of_lora_tags_leave_alone(studio, acted, placeholder):
-    import re
-
     model, clip = studio.apply(studio.subject(placeholder, "person"))
     text = re.sub(r"<[^>]*>", "", f"a photo of {placeholder} <lora:x:1> in a garden")
     assert acted(model, studio.encode(clip, text), studio.encode(clip, "")) == {(1, 77, (4,))}
@@ -420,8 +418,6 @@ def test_wrappers_that_run_the_unet_by_themselves(studio, bound):
 
 def _with_copied_options(model):
     """A node that samples with the options as they were when it ran: AutomaticCFG's kind."""
-    import comfy.samplers
-
     copied = copy.deepcopy(model.model_options)
 
     def guided(args):
@@ -520,8 +516,6 @@ def test_nodes_that_call_the_model_past_the_hosts_batching(studio, bound, refuse
 @pytest.mark.works_with("Other packs", "Windows of frames (AnimateDiff-Evolved)", "a mask per frame; maps; no Separate")
 def test_windows_of_frames(pack, studio, bound, node, refused):
     """AnimateDiff-Evolved's kind: windows that overlap and wrap, frames in any order, said in ad_params."""
-    import comfy.patcher_extension
-
     mask = torch.zeros(6, 64, 64)
     mask[3:] = 1
 

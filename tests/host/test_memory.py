@@ -7,8 +7,11 @@ import weakref
 from collections import Counter
 from itertools import cycle
 
+import comfy.ldm.modules.attention as host_attention
+import comfy.model_management
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 
 
 def living() -> tuple[Counter, int]:
@@ -34,8 +37,6 @@ def device_memory():
 
 def test_twenty_runs_end_with_the_memory_they_began_with(pack, sdxl, device_memory):
     """Seeds, branches, strengths, two subjects, interrupts and errors; then the first picture again."""
-    import comfy.model_management
-
     anna = sdxl.subject("<anna>", "woman")
     ben = sdxl.subject("<ben>", "man", view=3)
     one, clip = sdxl.apply(anna)
@@ -98,8 +99,6 @@ def test_twenty_runs_end_with_the_memory_they_began_with(pack, sdxl, device_memo
 @pytest.mark.works_with("Host", "--lowvram, --novram", "the encoder may stay off the device; tried on a CPU")
 def test_an_encoder_that_is_not_wholly_on_the_device_gives_the_same(pack, sdxl, monkeypatch):
     """As with --lowvram and --novram: the host puts few weights on the device, the rest is cast as it is used."""
-    import comfy.model_management
-
     encoder = sdxl.make_encoder()
     model, clip = sdxl.apply(sdxl.subject(encoder=encoder))
     positive, negative = sdxl.encode(clip, "<person>"), sdxl.encode(clip, "")
@@ -123,8 +122,6 @@ def test_an_encoder_that_is_not_wholly_on_the_device_gives_the_same(pack, sdxl, 
 
 
 def test_a_run_counts_the_encoder_among_the_host_s_models(sdxl):
-    import comfy.model_management
-
     encoder = sdxl.make_encoder()
     model, clip = sdxl.apply(sdxl.subject(encoder=encoder))
     comfy.model_management.unload_all_models()
@@ -152,8 +149,6 @@ def test_keys_and_values_are_made_once_a_run(pack, sdxl, monkeypatch):
 
 def test_what_others_computed_is_not_changed_in_place(sdxl):
     """The output of a replacement or of an attention override may be kept by whoever made it."""
-    import comfy.ldm.modules.attention as host_attention
-
     kept = []
 
     def remember(out):
@@ -181,8 +176,6 @@ def test_what_others_computed_is_not_changed_in_place(sdxl):
 @pytest.mark.works_with("Host", "Multi-GPU", "K̈ and V̈ on each device; tried with two names of a CPU")
 def test_several_devices(sdxl, fired):
     """The host's multi-GPU clones, two names of the CPU for two GPUs: K̈ and V̈ for each, and none afterwards."""
-    from comfy.model_patcher import ModelPatcher
-
     if not hasattr(ModelPatcher, "deepclone_multigpu"):
         pytest.skip("this ComfyUI has no multi-GPU")
     base = sdxl.model.clone()

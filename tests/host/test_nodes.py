@@ -6,8 +6,15 @@ import json
 import os
 from pathlib import Path
 
+import comfy.model_patcher
+import comfy.ops
+import folder_paths
 import pytest
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from safetensors.torch import save_file
+
+from kit import random_models
 
 IDS = {
     "NestedGridValues",
@@ -38,8 +45,6 @@ def refused(pack):
 @pytest.fixture
 def models(pack):
     """The folder that Load Nested Encoder lists."""
-    import folder_paths
-
     return folder_paths.get_folder_paths("nested_attention")[0]
 
 
@@ -139,8 +144,6 @@ def test_workflows_fit_the_nodes_and_have_a_preview(pack, path):
 
 
 def test_loader_lists_subfolders_and_reads_what_the_file_says(pack, sdxl, encoder_file):
-    import folder_paths
-
     assert encoder_file in folder_paths.get_filename_list("nested_attention")
     loader = pack.nodes["NestedEncoderLoader"]
     assert loader.validate_inputs(encoder_name=encoder_file) is True
@@ -161,8 +164,6 @@ def test_loader_lists_subfolders_and_reads_what_the_file_says(pack, sdxl, encode
 
 def test_foreign_layouts_open_and_make_the_same_picture(pack, sdxl, models):
     """One set of weights under the names of the public release's kind, of IP-Adapter Plus, and flat or nested."""
-    from safetensors.torch import save_file
-
     own = sdxl.encoder.module.state_dict()
     resampler = {k.removeprefix("resampler."): v for k, v in own.items() if k.startswith("resampler.")}
     layers = {k: v for k, v in own.items() if not k.startswith("resampler.")}
@@ -188,8 +189,6 @@ def test_foreign_layouts_open_and_make_the_same_picture(pack, sdxl, models):
 
 def test_sd15_encoders_of_four_pooled_tokens_run(pack, sd15, models):
     """The third-party SD 1.5 kind: `ip_adapter.bin` with to_k_nest and a projection of the pooled embedding."""
-    import random_models
-
     shapes = {
         "image_proj.proj.weight": torch.empty(4 * 768, 1024, device="meta"),
         "image_proj.proj.bias": torch.empty(4 * 768, device="meta"),
@@ -317,8 +316,6 @@ def test_merged_views_act_as_one_subject(pack, sdxl, refused):
 
 
 def test_a_saved_subject_makes_the_same_picture(pack, sdxl, refused):
-    import folder_paths
-
     subject = sdxl.subject("<anna>", "woman")
     said = pack.nodes["NestedSaveSubject"].execute(subject, "family/anna").ui.as_dict()["text"][0]
     name = os.path.join("family", "anna_00001_.safetensors")
@@ -412,12 +409,6 @@ def test_a_checkpoint_without_text_encoder_is_explained(pack, sdxl, refused):
 
 def test_other_models_are_named(sdxl, refused):
     """A U-Net without SDXL's layers (as the refiner's) and a model without any."""
-    import comfy.model_patcher
-    import comfy.ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
-    import random_models
-
     config = {**random_models.unet_config("sdxl"), "context_dim": 1280, "adm_in_channels": 2560}
     refiner, dit = torch.nn.Module(), torch.nn.Module()
     refiner.diffusion_model = UNetModel(**config, device="meta", operations=comfy.ops.manual_cast)

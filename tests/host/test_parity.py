@@ -9,16 +9,15 @@ import copy
 
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
+
+from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
+from nested_core.hosts.diffusers import BoundSubject, nested_attention
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])
 def test_predicted_noise_agrees(request, family, count):
-    from comfy.patcher_extension import WrappersMP
-
-    from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
-    from nested_core.hosts.diffusers import BoundSubject, nested_attention
-
     studio = request.getfixturevalue(family)
     subjects = [
         studio.subject("<anna>", "woman", encoder=studio.make_encoder(1)),

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import copy
 
+import comfy.hooks
+import comfy.sample
+import comfy.samplers
 import pytest
 import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +124,6 @@ def test_two_texts_of_sdxl_bind_where_either_mentions(pack, bound, sdxl):
 @pytest.mark.works_with("Prompt", "Textual inversion embeddings", "beside the subject, also of another width")
 def test_embeddings_beside_a_placeholder(pack, sdxl, tmp_path):
     """Textual inversions take as many rows as they have vectors; those of another width are dropped and padded."""
-    from safetensors.torch import save_file
-
     save_file({"clip_l": torch.randn(3, 768), "clip_g": torch.randn(3, 1280)}, str(tmp_path / "fits.safetensors"))
     save_file({"emb_params": torch.randn(2, 768)}, str(tmp_path / "narrow.safetensors"))
     clip = sdxl.clip.clone()
@@ -169,8 +174,6 @@ def test_sd15(sd15):
 
 def test_other_ways_to_encode(bound, sdxl):
     """`encode`, tuples instead of dictionaries, schedules by hooks: packs use all of them."""
-    import comfy.hooks
-
     clip = bound[1]
     tokens = clip.tokenize("photo of <person>")
     stock = sdxl.clip.encode_from_tokens(sdxl.clip.tokenize("photo of person"), return_pooled=True)
@@ -323,9 +326,6 @@ def test_the_advanced_node_can_skip(sdxl):
 @pytest.mark.works_with("Guidance", "PerpNeg, DualCFG", "prompts numbered above 1")
 def test_guiders_with_more_than_two_prompts(pack, bound, fired, sdxl):
     """PerpNeg and DualCFG number their prompts beyond 1."""
-    import comfy.sample
-    import comfy.samplers
-
     model, clip = bound
     person, other, plain = sdxl.encode(clip, "<person>"), sdxl.encode(clip, "two of <person>"), sdxl.encode(clip, "")
     guiders = []
@@ -467,14 +467,10 @@ def test_a_stock_negative_that_reads_alike_is_not_bound(bound, sdxl, sampled):
 
 @pytest.mark.works_with("Other packs", "attn2 replacements by hooks", "called for the first term")
 def test_replacements_that_hooks_bring_stay_in_the_first_term(bound, sdxl):
-    import comfy.hooks
-
     model, clip = bound
     calls = []
 
     def foreign(q, k, v, extra_options):
-        from comfy.ldm.modules.attention import optimized_attention
-
         calls.append(len(q))
         return optimized_attention(q, k, v, extra_options["n_heads"])
 
@@ -501,8 +497,6 @@ def test_placeholders_in_any_case(sdxl, placeholder, written):
 @pytest.mark.works_with("Speed", "TorchCompileModel", "runs uncompiled while a subject acts")
 def test_a_compiled_model_does_not_go_on_without_the_subject(sd15):
     """The host's compile node hides changes of transformer_options from the compiler, which would reuse a graph."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
     def backend(graph, inputs, **options):  # PyTorch's own "eager" takes no options; older ones pass all of them on
         return graph.forward

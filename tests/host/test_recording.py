@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 
+import comfy.sample
+import comfy.samplers
 import pytest
 import torch
 
@@ -61,9 +63,6 @@ def test_guidance_that_calls_the_model_again_is_not_recorded_twice(node, sd15, p
 
 def test_prompts_of_guiders_are_told_apart_by_name(node, sd15, pair):
     """DualCFG begins with the negative prompt and has two positive ones: both are recorded, the negative is not."""
-    import comfy.sample
-    import comfy.samplers
-
     model, clip, _, negative = pair
     recorded, recording = node("NestedRecordAttention", all_outputs=True, model=model)
     one, other = sd15.encode(clip, "<anna>"), sd15.encode(clip, "a photo of <ben>")

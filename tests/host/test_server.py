@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-import _graphs
-import _setup
-import random_models
+from kit import graphs, random_models
+from kit.environment import SetupError
+from kit.hosts import link_pack
+from kit.paths import STATE
+from kit.server import Server
 
 HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
 
@@ -26,7 +28,7 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="module")
 def names(work):
     # Before the server starts: it is told the model folders that are there.
-    made = random_models.provide_models(HOST, _setup.STATE / "models", work / "input")
+    made = random_models.provide_models(STATE / "models", work / "input")
     # As a user's own picture: the graph gets it by its name in the input folder.
     shutil.copy(work / "input" / made["image"], work / "input" / "me.png")
     return {**made, "image": "me.png"}
@@ -34,16 +36,16 @@ def names(work):
 
 @pytest.fixture(scope="module")
 def server(work, names):
-    pack = _setup.link_pack(HOST)
+    pack = link_pack(HOST)
     # With models of full size: not two of them at a time, where the tests of several hosts run side by side.
-    with FileLock(_setup.STATE / "server.lock"):
-        with _setup.Server(HOST, work, models=_setup.STATE / "models", only=[pack]) as running:
+    with FileLock(STATE / "server.lock"):
+        with Server(HOST, work, models=STATE / "models", only=[pack]) as running:
             yield running
 
 
 def portrait(names, prompt):
-    person = _graphs.Shown((names["image"],), "<person>", "person")
-    return _graphs.subject_graph(names, prompt, [person], negative="bad anatomy", size=256, steps=4)
+    person = graphs.Shown((names["image"],), "<person>", "person")
+    return graphs.subject_graph(names, prompt, [person], negative="bad anatomy", size=256, steps=4)
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def graph(names):
 
 
 def run(server, graph):
-    return asyncio.run(_graphs.run_graph(server, graph))
+    return asyncio.run(graphs.run_graph(server, graph))
 
 
 def test_object_info_has_our_nodes_with_tooltips(server, pack):
@@ -73,11 +75,11 @@ def test_translations_are_served(server):
 
 
 def test_the_main_job_and_a_requeue_with_another_seed(server, graph):
-    first = _graphs.saved_pictures(server, run(server, graph))
+    first = graphs.saved_pictures(server, run(server, graph))
     begun = len(server.log_lines())
     again = copy.deepcopy(graph)
     again["sampler"]["inputs"]["seed"] += 1
-    second = _graphs.saved_pictures(server, run(server, again))
+    second = graphs.saved_pictures(server, run(server, again))
     assert first[0].read_bytes() != second[0].read_bytes()
     # Nothing but the sampler and what follows ran: no file was read, nothing encoded again.
     history = server.request("/history")
@@ -89,7 +91,7 @@ def test_the_main_job_and_a_requeue_with_another_seed(server, graph):
 
 def test_a_prompt_that_forgets_the_subject_ends_in_a_message(server, names):
     graph = portrait(names, "a photo of a garden")
-    with pytest.raises(_setup.SetupError, match=r"KSampler \(sampler\) failed") as error:
+    with pytest.raises(SetupError, match=r"KSampler \(sampler\) failed") as error:
         run(server, graph)
     assert "No positive prompt mentions <person>. Write <person> in the prompt" in str(error.value)
     # And the server goes on as before.
@@ -98,6 +100,6 @@ def test_a_prompt_that_forgets_the_subject_ends_in_a_message(server, names):
 
 def test_a_missing_encoder_is_refused_before_anything_runs(server, graph):
     graph["encoder"]["inputs"]["encoder_name"] = "not_there.safetensors"
-    with pytest.raises(_setup.SetupError, match="No encoder named 'not_there.safetensors'") as error:
+    with pytest.raises(SetupError, match="No encoder named 'not_there.safetensors'") as error:
         run(server, graph)
     assert "random_narrow_nested_encoder.safetensors" in str(error.value)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import itertools
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-import _graphs
-import _setup
-import export
-import models
-import shipped
-import small_world
+from demo import export, models, shipped
+from kit import graphs, small_world
+from kit.evaluation.bench import Bench, Condition
+from kit.server import Server
 from nested_core.checkpoint import load_encoder
 from nested_core.hosts.diffusers import BoundSubject, nested_attention
 from nested_core.images import prepare
@@ -27,17 +23,6 @@ from nested_core.prompt import Placeholder, PromptReader, locate
 
 HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
 
-
-def _evaluation():
-    """scripts/evaluate.py by its path: a well-known package has the same name."""
-    spec = importlib.util.spec_from_file_location("evaluation", Path(_setup.__file__).with_name("evaluate.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-evaluate = _evaluation()
 A_DOZEN = 12
 IDENTITY, ALIGNMENT = 0.75, 0.95  # what the evaluation finds is 0.88 and 1.00; without the node 0.18
 
@@ -51,13 +36,13 @@ def names(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, names):
     work = tmp_path_factory.mktemp("small_world")
-    with _setup.Server(HOST, work, models=names["models"], only=small_world.link_packs(HOST)) as running:
+    with Server(HOST, work, models=names["models"], only=small_world.link_packs(HOST)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def bench(server, names):
-    return evaluate.Bench(server, names, {"nested": shipped.ENCODER}, A_DOZEN, seeds=1)
+    return Bench(server, names, {"nested": shipped.ENCODER}, A_DOZEN, seeds=1)
 
 
 def mean(scores, name):
@@ -65,8 +50,8 @@ def mean(scores, name):
 
 
 def test_a_dozen_subjects_keep_their_identity_and_obey_the_prompt(bench):
-    without = bench.measure(evaluate.Condition("none"))
-    nested = bench.measure(evaluate.Condition("nested", "nested"))
+    without = bench.measure(Condition("none"))
+    nested = bench.measure(Condition("nested", "nested"))
     # What the bounds are worth: the same pictures without the node miss the first by far.
     assert mean(without, "identity") < IDENTITY / 2
     assert mean(nested, "identity") > IDENTITY
@@ -74,7 +59,7 @@ def test_a_dozen_subjects_keep_their_identity_and_obey_the_prompt(bench):
 
 
 def test_two_subjects_stay_apart(bench):
-    scores = bench.measure(evaluate.Condition("nested", "nested", pair=True), 0.5)
+    scores = bench.measure(Condition("nested", "nested", pair=True), 0.5)
     assert mean(scores, "own") > 0.65
     assert mean(scores, "swapped") < 0.2
 
@@ -84,15 +69,15 @@ def test_diffusers_makes_the_same_picture(server, names):
     (figure,) = small_world.held_out_figures(5, 1, "robot")
     (shown,) = small_world.write_portraits([figure], server.input)
     prompt = small_world.prompt([shown], "beach", "comic")
-    graph = _graphs.subject_graph(names, prompt, [shown], seed=5, steps=20, cfg=4.0)
-    (file,) = _graphs.saved_pictures(server, asyncio.run(_graphs.run_graph(server, graph, quiet=True)))
+    graph = graphs.subject_graph(names, prompt, [shown], seed=5, steps=20, cfg=4.0)
+    (file,) = graphs.saved_pictures(server, asyncio.run(graphs.run_graph(server, graph, quiet=True)))
     saved = picture(file)
     with torch.no_grad():
         made = in_diffusers(picture(server.input / shown.images[0]), shown, prompt, seed=5, steps=20, cfg=4.0)
     assert 10 * torch.log10(1 / (saved - made).square().mean()) > 40
     # And the subject is in both.
-    plain = _graphs.subject_graph(names, small_world.prompt([shown], "beach", "comic", bound=False), [], seed=5)
-    (file,) = _graphs.saved_pictures(server, asyncio.run(_graphs.run_graph(server, plain, quiet=True)))
+    plain = graphs.subject_graph(names, small_world.prompt([shown], "beach", "comic", bound=False), [], seed=5)
+    (file,) = graphs.saved_pictures(server, asyncio.run(graphs.run_graph(server, plain, quiet=True)))
     assert 10 * torch.log10(1 / (saved - picture(file)).square().mean()) < 25
 
 

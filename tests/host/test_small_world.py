@@ -6,15 +6,37 @@ Weights are random and seeded: what is tested is that both sides compute the sam
 from __future__ import annotations
 
 import asyncio
+import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.cli_args
+import comfy.clip_vision
+import comfy.model_base
+import comfy.model_management
+import comfy.sd
+import comfy.supported_models
+import comfy.taesd.taesd
+import comfy.utils
+import folder_paths
+import numpy as np
 import pytest
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.patcher_extension import WrappersMP
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from safetensors import safe_open
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-import export
-import models
+from demo import export, models
+from demo import world as drawn
+from kit import random_models
+from kit.studio import host_nodes
+from nested_core.checkpoint import load_encoder, write_encoder
+from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
+from nested_core.hosts.diffusers import BoundSubject, cross_attention, nested_attention
 
 REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "demo"
@@ -37,8 +59,6 @@ def psnr(got: torch.Tensor, expected: torch.Tensor, peak: float) -> float:
 
 def random_modules() -> SimpleNamespace:
     """The modules that are exported, with weights of sane scale."""
-    import random_models
-
     modules = SimpleNamespace(
         unet=models.unet(), text=models.text_encoder(), codec=models.codec(), tower=models.vision_tower()
     )
@@ -54,9 +74,6 @@ def random_modules() -> SimpleNamespace:
 
 def nested_encoder(seed: int) -> Any:
     """An encoder of nested_core, as training has it, for the small world."""
-    import random_models
-    from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
-
     config = EncoderConfig(
         family="small_world",
         base_model="random small world",
@@ -76,17 +93,12 @@ def nested_encoder(seed: int) -> Any:
 
 @pytest.fixture(scope="module")
 def small_world_nodes(pack):
-    import nodes as host_nodes
-
     assert asyncio.run(host_nodes.load_custom_node(str(DEMO / "comfyui"))), "the host did not load it: see the log"
 
 
 @pytest.fixture(scope="module")
 def world(pack, small_world_nodes):
     """The files, what the stock loaders make of them, and the modules that were in them."""
-    import comfy.cli_args
-    import folder_paths
-
     torch.manual_seed(0)
     made = random_modules()
     folder = Path(folder_paths.models_dir)
@@ -109,11 +121,6 @@ def world(pack, small_world_nodes):
 @pytest.fixture(scope="module")
 def encoders(pack):
     """Two encoder files, and what Load Nested Encoder makes of them."""
-    import comfy.model_management
-    import folder_paths
-
-    from nested_core.checkpoint import write_encoder
-
     folder = Path(folder_paths.get_folder_paths("nested_attention")[0])
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"small_world_{seed}.safetensors" for seed in (0, 1)]
@@ -128,15 +135,9 @@ def encoders(pack):
 @pytest.fixture(scope="module")
 def pictures():
     """IMAGE (2, 128, 128, 3): of the world, in whole 255ths."""
-    import random
-
-    import numpy as np
-
-    import world
-
     rng = random.Random(0)
     shown = [
-        world.render([world.random_figure(rng, kind)], scene, style, rng, close=True).image
+        drawn.render([drawn.random_figure(rng, kind)], scene, style, rng, close=True).image
         for kind, scene, style in (("robot", "city", "flat"), ("creature", "sea", "crayon"))
     ]
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in shown])).float() / 255
@@ -167,8 +168,6 @@ def test_a_vision_tower_comes_back_as_it_was_up_to_fp16(world):
 
 
 def test_files_say_what_they_are(world):
-    from safetensors import safe_open
-
     for path in (world.checkpoint, world.vision):
         with safe_open(path, "pt") as file:
             said = file.metadata()
@@ -197,8 +196,6 @@ def test_weights_that_fp16_cannot_hold_are_refused(world):
 
 
 def test_names_of_the_unet_are_the_hosts(world):
-    import comfy.utils
-
     config = world.model.model.model_config.unet_config
     hosts = comfy.utils.unet_to_diffusers(config)  # names more layers than this U-Net has
     names = export.unet_names(world.unet.state_dict())
@@ -206,9 +203,6 @@ def test_names_of_the_unet_are_the_hosts(world):
 
 
 def test_the_pipeline_folder_opens_in_diffusers(world, tmp_path):
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
-
     folder = tmp_path / "base"
     for _ in range(2):  # the second replaces the first
         export.write_pipeline(folder, world.unet, world.text, world.codec, world.tower)
@@ -237,12 +231,6 @@ def test_the_pipeline_folder_opens_in_diffusers(world, tmp_path):
 
 
 def test_stock_loaders_make_the_hosts_own_classes(world):
-    import comfy.clip_vision
-    import comfy.model_base
-    import comfy.sd
-    import comfy.taesd.taesd
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
     assert type(world.model.model) is comfy.model_base.BaseModel
     assert type(world.model.model.diffusion_model) is UNetModel
     assert type(world.clip) is comfy.sd.CLIP
@@ -251,11 +239,6 @@ def test_stock_loaders_make_the_hosts_own_classes(world):
 
 
 def test_registering_twice_is_harmless_and_other_towers_stay_the_hosts(world):
-    import comfy.clip_vision
-    import comfy.supported_models
-
-    import nodes as host_nodes
-
     before = list(comfy.supported_models.models), comfy.clip_vision.load_clipvision_from_sd
     assert asyncio.run(host_nodes.load_custom_node(str(DEMO / "comfyui")))
     assert (comfy.supported_models.models, comfy.clip_vision.load_clipvision_from_sd) == before
@@ -269,8 +252,6 @@ def test_registering_twice_is_harmless_and_other_towers_stay_the_hosts(world):
 
 
 def test_the_hosts_configurations_are_the_models():
-    import json
-
     for name, config in (("text", models.text_config()), ("vision", models.vision_config())):
         said = json.loads((DEMO / "comfyui" / f"{name}.json").read_text("utf-8"))
         assert {k: v for k, v in said.items() if k in config.to_dict()} == {
@@ -322,8 +303,6 @@ def test_noise_schedule_is_the_schedulers(world):
 
 @pytest.mark.parametrize("step", [0, 1, 250, 500, 750, 999])
 def test_predicted_v_equals_diffusers(world, step):
-    import comfy.model_management
-
     comfy.model_management.load_models_gpu([world.model])
     device = world.model.load_device
     generator = torch.Generator().manual_seed(step)
@@ -344,8 +323,6 @@ def test_predicted_v_equals_diffusers(world, step):
 
 
 def test_a_checkpoint_that_the_host_saves_opens_again(world, tmp_path):
-    import comfy.sd
-
     path = tmp_path / "saved.safetensors"
     comfy.sd.save_checkpoint(str(path), world.model, world.clip, world.vae)
     unet, text, codec = export.load_checkpoint(path)
@@ -420,8 +397,6 @@ def test_strength_0_is_the_plain_model(pack, world, encoders, pictures):
 
 def watched(model):
     """A clone of a MODEL, and a list that every call of its U-Net goes into: inputs, options and output."""
-    from comfy.patcher_extension import WrappersMP
-
     calls = []
 
     def watch(executor, x, timesteps, context, *args, **kwargs):
@@ -437,9 +412,6 @@ def watched(model):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_prediction_with_subjects_equals_diffusers(pack, world, encoders, pictures, count):
-    from nested_core.checkpoint import load_encoder
-    from nested_core.hosts.diffusers import BoundSubject, nested_attention
-
     model, clip, subjects = world.model, world.clip, []
     for i in range(count):
         subjects.append(subject_of(pack, world, encoders, i, pictures))
@@ -490,9 +462,6 @@ class Decoupled:
 
 
 def test_the_baseline_adds_a_second_attention_in_the_positive_rows(pack, world, encoders, pictures):
-    from nested_core.checkpoint import load_encoder
-    from nested_core.hosts.diffusers import cross_attention
-
     strengths = (0.8, 0.5)
     model, subjects = world.model, []
     for i, strength in enumerate(strengths):  # chained: the second adds to the first

@@ -3,37 +3,51 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
+import comfy.sd1_clip
+import folder_paths
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
+from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionXLPipeline
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from nested_core.checkpoint import load_encoder
+from nested_core.training import (
+    BaseModel,
+    EncoderSettings,
+    Example,
+    ExampleSubject,
+    LossConfig,
+    OptimiserConfig,
+    TrainingConfig,
+    VisionTower,
+    train,
+)
+from nested_core.training.examples import Collate, Draws
+from nested_core.training.frozen import FrozenEncoders
+from nested_core.training.model import SubjectDenoiser
 
 PROMPT = "a photo of <rex> in the garden, next to <anna>"
 HEIGHT, WIDTH = 128, 192
 
 
 def tokenizer(pad):
-    from pathlib import Path
-
-    import comfy.sd1_clip
-    from transformers import CLIPTokenizer
-
     folder = Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"
     return CLIPTokenizer.from_pretrained(folder, pad_token=pad, model_max_length=77)
 
 
 def base_of(studio):
     """The host's model, text encoders and vision tower as a `BaseModel` of diffusers and transformers."""
-    from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionXLPipeline
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        CLIPVisionConfig,
-        CLIPVisionModelWithProjection,
-    )
-
-    from nested_core.training import BaseModel, VisionTower
 
     def text(kind, theirs, width, act):
         made = kind(
@@ -72,10 +86,6 @@ def _named_as(name, theirs):
 @pytest.fixture(scope="module")
 def trained(pack, sdxl, tmp_path_factory):
     """Two steps of training on the host's own weights: file name, base model, the example that was trained on."""
-    import folder_paths
-
-    from nested_core.training import EncoderSettings, Example, ExampleSubject, OptimiserConfig, TrainingConfig, train
-
     with torch.inference_mode(False), torch.enable_grad():
         base = base_of(sdxl)
         views = [sdxl.photo.clone()[0], sdxl.photo.clone().roll(40, 2)[0]]
@@ -98,14 +108,6 @@ def trained(pack, sdxl, tmp_path_factory):
 
 
 def test_what_training_exports_opens_and_agrees(pack, sdxl, trained):
-    from comfy.patcher_extension import WrappersMP
-
-    from nested_core.checkpoint import load_encoder
-    from nested_core.training import LossConfig
-    from nested_core.training.examples import Collate, Draws
-    from nested_core.training.frozen import FrozenEncoders
-    from nested_core.training.model import SubjectDenoiser
-
     loader = pack.nodes["NestedEncoderLoader"]
     assert loader.validate_inputs(encoder_name=trained.name) is True
     encoder = loader.execute(trained.name)[0]

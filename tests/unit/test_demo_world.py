@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "demo"))
-
-import models  # noqa: E402
-import world  # noqa: E402
+from demo import models, world
 
 VISIBLE = 16  # of 255, in any colour
 SPREAD = 2  # pixels that ink and soft edges reach beyond what they belong to

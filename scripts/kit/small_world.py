@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-import _setup
-from _graphs import Shown
-from _setup import REPO, SetupError
+from demo import world
+from demo.shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, VISION, WEIGHTS
+from nested_core.files import whole
 
-DEMO = REPO / "demo"
-sys.path += [str(folder) for folder in (DEMO, REPO) if str(folder) not in sys.path]
-
-import world  # noqa: E402
-from nested_core.files import whole  # noqa: E402
-from shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, VISION, WEIGHTS  # noqa: E402
+from .environment import SetupError
+from .graphs import Shown
+from .hosts import link_pack
+from .paths import REPO
 
 SIZE = world.SIZE
 EXTENSION = "nested-attention-small-world"
@@ -36,7 +33,7 @@ _FOLDERS = {
 
 def link_packs(host: Path) -> list[str]:
     """Links this pack and the small world's loader into a ComfyUI; returns their folders' names, the pack's first."""
-    return [_setup.link_pack(host), _setup.link_pack(host, EXTENSION, DEMO / "comfyui")]
+    return [link_pack(host), link_pack(host, EXTENSION, REPO / "demo" / "comfyui")]
 
 
 def provide_models(models: Path, weights: Path = WEIGHTS) -> dict[str, str]:

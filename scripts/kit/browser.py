@@ -10,19 +10,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from _setup import Server, SetupError, say
+from playwright.sync_api import Browser, Page, sync_playwright
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+from .environment import SetupError, say
+from .graphs import failure_of, refusal_of
+from .server import Server
 
-_SCRIPT = Path(__file__).with_name("_frontend.js")
+_SCRIPT = Path(__file__).with_name("frontend.js")
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _READY = "() => window.app?.graph && window.LiteGraph && 'NestedApplySubject' in LiteGraph.registered_node_types"
 
 
-def chromium() -> str:
+def find_chromium() -> str:
     """The path of a Chromium: the system's, or playwright's own, which is downloaded where there is none.
 
     Raises SetupError where none can be had. Nothing is installed into the system but by root, as in a container.
@@ -53,8 +54,6 @@ def chromium() -> str:
 
 def _installed() -> str | None:
     """A Chromium that starts."""
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         own = playwright.chromium.executable_path
     for path in (*map(shutil.which, _NAMES), own):
@@ -69,9 +68,7 @@ def _installed() -> str | None:
 @contextmanager
 def browser() -> Iterator[Browser]:
     """A Chromium without a window."""
-    from playwright.sync_api import sync_playwright
-
-    path = chromium()
+    path = find_chromium()
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         try:
@@ -81,9 +78,9 @@ def browser() -> Iterator[Browser]:
 
 
 def frontend(
-    browser: Browser, server: Server, width: int = 1920, height: int = 1080, settings: dict[str, Any] | None = None
+    chromium: Browser, server: Server, width: int = 1920, height: int = 1080, settings: dict[str, Any] | None = None
 ) -> Page:
-    """A page with the server's frontend, ready: its nodes are registered. `nested` of _frontend.js is there.
+    """A page with the server's frontend, ready: its nodes are registered. `nested` of frontend.js is there.
 
     settings: of the frontend's own, such as {"Comfy.VueNodes.Enabled": True}; stored on the server before it opens.
     """
@@ -91,17 +88,19 @@ def frontend(
     quiet = {"Comfy.TutorialCompleted": True, "Comfy.Notification.ShowVersionUpdates": False}
     quiet |= {"Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False}
     server.request("/settings", {**quiet, "Comfy.VueNodes.Enabled": False, **(settings or {})})
-    page = browser.new_page(viewport={"width": width, "height": height})
-    open_frontend(page, server.url)
-    return page
-
-
-def open_frontend(page: Page, url: str) -> None:
-    """Opens the frontend, or a place in it, and waits until it is ready."""
-    page.goto(url, wait_until="load")
+    page = chromium.new_page(viewport={"width": width, "height": height})
+    page.goto(server.url, wait_until="load")
     page.wait_for_function(_READY, timeout=120_000)
     page.add_script_tag(path=_SCRIPT)
     page.wait_for_timeout(1500)  # it restores the last graph once it is up
+    return page
+
+
+def lay_out(page: Page, built: dict[str, Any]) -> dict[str, Any]:
+    """Builds a graph as `nested.build` of frontend.js takes it; the graph as the frontend would save it."""
+    page.evaluate("(built) => nested.build(built)", built)
+    page.wait_for_timeout(500)
+    return dict(page.evaluate("() => app.graph.serialize()"))
 
 
 def load(page: Page, workflow: dict[str, Any], name: str) -> None:
@@ -123,15 +122,9 @@ def queue(page: Page, server: Server, patience: float = 300.0) -> dict[str, Any]
     """
     before = set(server.request("/history"))
     page.evaluate("async () => { await app.queuePrompt(0, 1) }")
-    if refused := page.evaluate("() => app.lastNodeErrors"):
-        told = [
-            f"{node['class_type']}: {error['message']} {error['details']}"
-            for node in refused.values()
-            for error in node["errors"]
-        ]
-        raise SetupError("The graph was refused. " + "; ".join(told))
-    if refused := page.evaluate("() => app.lastPromptError ?? null"):
-        raise SetupError(f"The graph was refused. {refused}")
+    message, node_errors = page.evaluate("() => [app.lastPromptError ?? null, app.lastNodeErrors ?? {}]")
+    if message or node_errors:
+        raise SetupError(refusal_of(message, node_errors))
     begun = time.monotonic()
     while time.monotonic() - begun < patience:
         server.check_alive("while a graph ran")
@@ -139,11 +132,21 @@ def queue(page: Page, server: Server, patience: float = 300.0) -> dict[str, Any]
         for entry in (history[key] for key in history.keys() - before):
             status = entry["status"]
             if status["status_str"] != "success":
-                told = [m[1] for m in status["messages"] if "error" in m[0]] or [status]
-                raise SetupError(f"The graph failed: {told[0]}\n{server.log_tail()}")
+                failed: dict[str, Any] = next(
+                    (data for kind, data in status["messages"] if kind == "execution_error"), {}
+                )
+                raise SetupError(f"{failure_of(failed, server)}\n{server.log_tail()}")
             return dict(entry)
         page.wait_for_timeout(300)
     raise SetupError(f"The graph did not end within {patience:.0f} s.")
+
+
+def load_and_run(page: Page, server: Server, workflow: dict[str, Any], name: str) -> dict[str, Any]:
+    """Opens a workflow, runs it and waits until its pictures are on the canvas. The history entry of that run."""
+    load(page, workflow, name)
+    entry = queue(page, server)
+    page.wait_for_timeout(1500)
+    return entry
 
 
 def shoot(page: Page, path: Path, names: Sequence[str] = (), margin: int = 24) -> None:

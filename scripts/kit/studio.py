@@ -1,4 +1,4 @@
-"""A real ComfyUI inside this process, with models of random weights: what the host tests and the benchmark work with.
+"""A ComfyUI in this process (inside.py), with models of random weights: for the host tests and the benchmark.
 
 Models are ComfyUI's own classes: U-Nets with every layer of SDXL or SD 1.5, by default 128 channels wide, text encoders
 of few layers behind the real tokenizers, the vision tower of ViT-H's kind. The pack is loaded as ComfyUI loads it.
@@ -15,14 +15,27 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
-from _setup import REPO
+import comfy.clip_vision
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sample
+import comfy.sd
+import comfy.sd1_clip
+import comfy.sdxl_clip
+import comfy.supported_models
+import comfy.utils
+import torch
+from diffusers import UNet2DConditionModel
 
-if TYPE_CHECKING:
-    import torch
+from . import random_models
+from .paths import REPO
 
+#: ComfyUI's module of that name, which stands in front of this repository's package.
+host_nodes: Any = importlib.import_module("nodes")
 CHANNELS = 128
 _SMALL_TEXT = {"num_hidden_layers": 3, "intermediate_size": 256}
 #: `comfy.clip_vision`'s description of ViT-H/14
@@ -41,55 +54,25 @@ VIT_H = {
 }
 
 
-def import_host(host: Path, base: Path) -> None:
-    """Makes ComfyUI's modules importable in this process; it will keep its folders in `base`. Once, before them all."""
-    # The host goes first: the repository's own `nodes` package must not hide the host's module of that name.
-    sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != REPO]
-    sys.path.insert(0, str(host))
-    sys.path += [str(REPO / "scripts"), str(REPO / "demo"), str(REPO)]
-    from comfy.cli_args import args
-
-    args.base_directory = str(base)
-    # As in the host's main.py: before `nodes`, which puts the folder of another `utils` in front.
-    import torch
-    import utils.extra_config  # noqa: F401
-
-    args.cpu = not torch.cuda.is_available()
-    for folder in ("custom_nodes", "models", "input", "output", "temp"):
-        (base / folder).mkdir(parents=True, exist_ok=True)
+_MODULES = [
+    *(f"nested_core.hosts.comfy.{name}" for name in (
+        "layer", "apart", "store", "unet", "values", "apply", "run", "text", "prompt", "recording")),
+    *(f"nested_core.{name}" for name in ("attention", "encoder", "subject", "layers", "checkpoint", "errors")),
+    "nodes.folders",
+]  # fmt: skip
 
 
 def load_pack() -> SimpleNamespace:
     """The loaded pack: `nodes` (node id -> class), the host's nodes, and the modules of its nested_core."""
-    host_nodes: Any = importlib.import_module("nodes")  # the host's, by its place on the path
     asyncio.run(host_nodes.init_builtin_extra_nodes())
     before = set(sys.modules)
     assert asyncio.run(host_nodes.load_custom_node(str(REPO))), "the host did not load the pack: see the log above"
     (name,) = {m.removesuffix(".nested_core") for m in set(sys.modules) - before if m.endswith(".nested_core")}
 
-    def module(path: str) -> ModuleType:
-        return sys.modules[f"{name}.{path}"]
-
     return SimpleNamespace(
         nodes={k: v for k, v in host_nodes.NODE_CLASS_MAPPINGS.items() if k.startswith("Nested")},
         host_nodes=host_nodes.NODE_CLASS_MAPPINGS,
-        layer=module("nested_core.hosts.comfy.layer"),
-        apart=module("nested_core.hosts.comfy.apart"),
-        store=module("nested_core.hosts.comfy.store"),
-        unet=module("nested_core.hosts.comfy.unet"),
-        values=module("nested_core.hosts.comfy.values"),
-        apply=module("nested_core.hosts.comfy.apply"),
-        run=module("nested_core.hosts.comfy.run"),
-        text=module("nested_core.hosts.comfy.text"),
-        prompt=module("nested_core.hosts.comfy.prompt"),
-        recording=module("nested_core.hosts.comfy.recording"),
-        attention=module("nested_core.attention"),
-        encoder=module("nested_core.encoder"),
-        subject=module("nested_core.subject"),
-        layers=module("nested_core.layers"),
-        checkpoint=module("nested_core.checkpoint"),
-        errors=module("nested_core.errors"),
-        folders=module("nodes.folders"),
+        **{path.rpartition(".")[2]: sys.modules[f"{name}.{path}"] for path in _MODULES},
     )
 
 
@@ -125,12 +108,6 @@ def make_model(
     tapered: wider towards the middle, as the published models, which begin with 320.
     weights, compute: types of the weights (fp32 unless told) and of the arithmetic (the same unless told).
     """
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.supported_models
-    import torch
-
-    import random_models
 
     kind = {"sdxl": comfy.supported_models.SDXL, "sd15": comfy.supported_models.SD15}[family]
     shape = random_models.unet_config(family)
@@ -147,12 +124,6 @@ def make_model(
 
 def make_clip(family: str) -> Any:
     """CLIP of a family: the real tokenizer, and text encoders of three layers."""
-    import comfy.sd
-    import comfy.sd1_clip
-    import comfy.sdxl_clip
-    import torch
-
-    import random_models
 
     clip, tokenizer = {
         "sdxl": (comfy.sdxl_clip.SDXLClipModel, comfy.sdxl_clip.SDXLTokenizer),
@@ -167,9 +138,6 @@ def make_clip(family: str) -> Any:
 
 def make_clip_vision(**changes: Any) -> Any:
     """CLIP_VISION: ViT-H/14, with changes to its sizes."""
-    import comfy.clip_vision
-
-    import random_models
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
@@ -189,12 +157,6 @@ def make_encoder(
     dtype: torch.dtype | None = None,
 ) -> Any:
     """NESTED_ENCODER for layers of these widths. resampler: sizes of the Q-Former; small unless told."""
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.ops
-    import torch
-
-    import random_models
 
     config = pack.encoder.EncoderConfig(
         family=family,
@@ -224,7 +186,6 @@ def _as_a_graph(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
-        import torch
 
         with torch.inference_mode():
             return method(*args, **kwargs)
@@ -269,9 +230,6 @@ class Studio:
 
     def diffusers_unet(self) -> Any:
         """diffusers' U-Net with the weights of this model, which must have one width on every level."""
-        import comfy.utils
-        from diffusers import UNet2DConditionModel
-
         sdxl = self.family == "sdxl"
         assert not self.tapered
         cross, plain = "CrossAttn{}Block2D", "{}Block2D"
@@ -332,9 +290,6 @@ class Studio:
         callback: Any = None,
     ) -> torch.Tensor:
         """Latent of the stock sampler, (batch, 4, *size). callback: called after each step, as the host does."""
-        import comfy.sample
-        import torch
-
         latent = torch.zeros(batch, 4, *size)
         noise = comfy.sample.prepare_noise(latent, seed)
         return comfy.sample.sample(

@@ -1,5 +1,31 @@
-// Runs in a page of the host's frontend (scripts/_browser.py puts it there): building graphs, looking at them.
+// Runs in a page of the host's frontend (scripts/kit/browser.py puts it there): building graphs, looking at them.
 window.nested = {
+  // A new node on the canvas.
+  make({ type, title, widgets, properties, color, bgcolor }) {
+    const node = LiteGraph.createNode(type)
+    if (!node) throw new Error(`There is no node ${type}`)
+    app.graph.add(node)
+    if (title) node.title = title
+    if (color) { node.color = color; node.bgcolor = bgcolor }
+    Object.assign(node.properties, properties || {})
+    for (const [name, value] of Object.entries(widgets || {})) {
+      const widget = node.widgets.find((w) => w.name === name)
+      if (!widget) throw new Error(`${type} has no widget ${name}`)
+      widget.value = value
+      widget.callback?.(value)
+    }
+    return node
+  },
+
+  // Connects nodes by the names of an output and an input.
+  link(source, output, target, input) {
+    const out = source.outputs.findIndex((s) => s.name === output || s.label === output)
+    const into = target.inputs.findIndex((s) => s.name === input)
+    if (out < 0) throw new Error(`${source.type} has no output ${output}: ${source.outputs.map((s) => s.name)}`)
+    if (into < 0) throw new Error(`${target.type} has no input ${input}: ${target.inputs.map((s) => s.name)}`)
+    source.connect(out, target, into)
+  },
+
   // A graph from columns of nodes: [{width, items: [{group}, {key, type, ...}, ...]}, ...]. Heights are the frontend's.
   build({ columns, notes, links }) {
     const graph = app.graph
@@ -8,33 +34,10 @@ window.nested = {
     const nodes = {}
     const GAP = 38, TITLE = 30, PAD = 16, BETWEEN = 84
 
-    function make({ type, title, widgets, properties, color, bgcolor }) {
-      const node = LiteGraph.createNode(type)
-      if (!node) throw new Error(`There is no node ${type}`)
-      graph.add(node)
-      if (title) node.title = title
-      if (color) { node.color = color; node.bgcolor = bgcolor }
-      Object.assign(node.properties, properties || {})
-      for (const [name, value] of Object.entries(widgets || {})) {
-        const widget = node.widgets.find((w) => w.name === name)
-        if (!widget) throw new Error(`${type} has no widget ${name}`)
-        widget.value = value
-        widget.callback?.(value)
-      }
-      return node
-    }
-
     for (const { items } of columns) {
-      for (const item of items) if (item.type) nodes[item.key] = make(item)
+      for (const item of items) if (item.type) nodes[item.key] = this.make(item)
     }
-    for (const [from, output, to, input] of links) {
-      const source = nodes[from], target = nodes[to]
-      const out = source.outputs.findIndex((s) => s.name === output || s.label === output)
-      const into = target.inputs.findIndex((s) => s.name === input)
-      if (out < 0) throw new Error(`${from} has no output ${output}: ${source.outputs.map((s) => s.name)}`)
-      if (into < 0) throw new Error(`${to} has no input ${input}: ${target.inputs.map((s) => s.name)}`)
-      source.connect(out, target, into)
-    }
+    for (const [from, output, to, input] of links) this.link(nodes[from], output, nodes[to], input)
     // Only now: links may add inputs, and height.
     let x = 0
     for (const { width, items } of columns) {
@@ -67,7 +70,7 @@ window.nested = {
     }
     let at = 0
     for (const { title, text, width, height } of notes) {
-      const note = make({ type: 'MarkdownNote', title, color: '#432', bgcolor: '#000' })
+      const note = this.make({ type: 'MarkdownNote', title, color: '#432', bgcolor: '#000' })
       note.widgets[0].value = text
       note.pos = [at, -height - 60]
       note.setSize([width, height])
@@ -100,30 +103,31 @@ window.nested = {
 
   // Everything on the canvas in view. The rectangle that it takes of the page: x, y, width, height.
   fit() {
-    const boxes = app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 34, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])
+    const boxes = app.graph._nodes.map(this.box)
     boxes.push(...app.graph._groups.map((g) => [...g.pos, g.pos[0] + g.size[0], g.pos[1] + g.size[1]]))
-    const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]))
-    const right = Math.max(...boxes.map((b) => b[2])), bottom = Math.max(...boxes.map((b) => b[3]))
     const canvas = app.canvas.canvas.getBoundingClientRect()
-    const scale = Math.min((canvas.width - 130) / (right - left), (canvas.height - 200) / (bottom - top), 1)
-    app.canvas.ds.scale = scale
-    app.canvas.ds.offset = [100 / scale - left, 160 / scale - top]
-    app.canvas.setDirty(true, true)
-    return [canvas.x + 100, canvas.y + 160, (right - left) * scale, (bottom - top) * scale]
+    return this.view(boxes, ([width, height]) => Math.min((canvas.width - 130) / width, (canvas.height - 200) / height, 1))
   },
 
-  // Nodes of these titles or types, at full size and alone in view; the rectangle that they take of the page.
+  // Nodes of these titles or types, at full size; the rectangle that they take of the page.
   show(names) {
     const nodes = app.graph._nodes.filter((n) => names.includes(n.title) || names.includes(n.type))
     if (nodes.length < names.length) throw new Error(`Not all there: ${names}`)
-    const left = Math.min(...nodes.map((n) => n.pos[0])), top = Math.min(...nodes.map((n) => n.pos[1])) - 30
-    const right = Math.max(...nodes.map((n) => n.pos[0] + n.size[0]))
-    const bottom = Math.max(...nodes.map((n) => n.pos[1] + n.size[1]))
-    const canvas = app.canvas.canvas.getBoundingClientRect()
-    app.canvas.ds.scale = 1
-    app.canvas.ds.offset = [160 - left, 160 - top]
+    return this.view(nodes.map(this.box), () => 1)
+  },
+
+  // A node with its title: left, top, right, bottom.
+  box: (n) => [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]],
+
+  view(boxes, scaleOf) {
+    const [left, top] = [0, 1].map((side) => Math.min(...boxes.map((b) => b[side])))
+    const [right, bottom] = [2, 3].map((side) => Math.max(...boxes.map((b) => b[side])))
+    const scale = scaleOf([right - left, bottom - top])
+    app.canvas.ds.scale = scale
+    app.canvas.ds.offset = [100 / scale - left, 160 / scale - top]
     app.canvas.setDirty(true, true)
-    return [canvas.x + 160, canvas.y + 160, right - left, bottom - top]
+    const canvas = app.canvas.canvas.getBoundingClientRect()
+    return [canvas.x + 100, canvas.y + 160, (right - left) * scale, (bottom - top) * scale]
   },
 
   // What a graph is made of, without what the frontend may change by itself: order, sizes, view.
@@ -160,7 +164,7 @@ window.nested = {
           const box = e.getBoundingClientRect()
           return [e.dataset.nodeId, box.left / scale, box.top / scale, box.right / scale, box.bottom / scale]
         })
-      : app.graph._nodes.map((n) => [n.id, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])
+      : app.graph._nodes.map((n) => [n.id, ...this.box(n)])
     const pairs = []
     boxes.forEach((a, i) => boxes.slice(i + 1).forEach((b) => {
       const wide = Math.min(a[3], b[3]) - Math.max(a[1], b[1]), high = Math.min(a[4], b[4]) - Math.max(a[2], b[2])

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _setup import Server, SetupError, say
+import aiohttp
+from PIL import Image
+from tqdm import tqdm
+
+from .environment import SetupError, say
+from .server import Server
 
 Graph = dict[str, dict[str, Any]]
 
@@ -134,9 +139,6 @@ async def run_graph(server: Server, graph: Graph, quiet: bool = False) -> dict[s
 
     Raises SetupError with the node and its message if the graph is refused or fails, or if the server ends.
     """
-    import aiohttp
-    from tqdm import tqdm
-
     client = uuid.uuid4().hex
     done: set[str] = set()
     layout = "{desc:<38} {bar:30} {n_fmt}/{total_fmt} {elapsed}"
@@ -176,7 +178,7 @@ async def run_graph(server: Server, graph: Graph, quiet: bool = False) -> dict[s
                     break
                 elif kind == "execution_error":
                     bar.close()
-                    raise SetupError(_execution_error(data, server))
+                    raise SetupError(failure_of(data, server))
                 elif kind == "execution_interrupted":
                     bar.close()
                     raise SetupError(f"The run was interrupted at {_title(graph, data.get('node_id'))}.")
@@ -194,18 +196,24 @@ def _queue(server: Server, graph: Graph, client: str) -> str:
         return str(server.request("/prompt", {"prompt": graph, "client_id": client})["prompt_id"])
     except urllib.error.HTTPError as refusal:
         answer = json.loads(refusal.read() or "{}")
-    lines = [f"ComfyUI refused the graph: {answer.get('error', {}).get('message', answer)}"]
-    for node, wrong in (answer.get("node_errors") or {}).items():
+    raise SetupError(refusal_of(answer.get("error", {}).get("message", answer), answer.get("node_errors") or {}))
+
+
+def refusal_of(message: Any, node_errors: dict[str, Any]) -> str:
+    """What the host has against a graph, its nodes' errors as the host lists them."""
+    lines = [f"ComfyUI refused the graph: {message}"]
+    for node, wrong in node_errors.items():
         for error in wrong["errors"]:
-            lines.append(f"  {_title(graph, node)}: {error['message']}: {error['details']}")
-    raise SetupError("\n".join(lines))
+            lines.append(f"  {wrong['class_type']} ({node}): {error['message']}: {error['details']}")
+    return "\n".join(lines)
 
 
 def _title(graph: Graph, node: str | None) -> str:
     return f"{graph[node]['class_type']} ({node})" if node in graph else "start"
 
 
-def _execution_error(data: dict[str, Any], server: Server) -> str:
+def failure_of(data: dict[str, Any], server: Server) -> str:
+    """What the host says of a node that failed: its "execution_error"."""
     kind = str(data.get("exception_type")).rpartition(".")[2]
     return (
         f"{data.get('node_type')} ({data.get('node_id')}) failed with {kind}:\n"
@@ -214,12 +222,15 @@ def _execution_error(data: dict[str, Any], server: Server) -> str:
     )
 
 
+def picture_file(server: Server, image: dict[str, str]) -> Path:
+    """Where a picture of a node's output lies: saved, a preview, or from the input folder."""
+    return server.work / image["type"] / image["subfolder"] / image["filename"]
+
+
 def saved_pictures(server: Server, outputs: dict[str, Any]) -> list[Path]:
     """The files that SaveImage nodes wrote. Raises SetupError if there are none, or one is of a single colour."""
-    from PIL import Image
-
     images = [image for output in outputs.values() for image in output.get("images", [])]
-    files = [server.output / image["subfolder"] / image["filename"] for image in images if image["type"] == "output"]
+    files = [picture_file(server, image) for image in images if image["type"] == "output"]
     if not files or not all(file.is_file() for file in files):
         raise SetupError(f"The graph ran, but saved no picture in {server.output}. {server.log_tail()}")
     for file in files:

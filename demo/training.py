@@ -1,0 +1,600 @@
+"""The training of the small world, stage by stage; `python demo/train.py` is its command."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from diffusers import ControlNetModel, StableDiffusionPipeline
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
+from peft import LoraConfig
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from nested_core.attention import VALUE_NORMS
+from nested_core.checkpoint import load_encoder, read_encoder, write_encoder
+from nested_core.encoder import NestedEncoder
+from nested_core.files import whole
+from nested_core.training import (
+    BaseModel,
+    InitConfig,
+    LossConfig,
+    OptimiserConfig,
+    SampleConfig,
+    TrainingConfig,
+    VisionTower,
+    train,
+)
+
+from . import data, export, models, world
+from .fit import fit
+from .judging import answers_of, identities_of, judge, score, share_right
+from .lessons import PART_WEIGHT, Examples, at_night, caption, edges, roughen, weights
+from .shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, PROBE, VISION, WEIGHTS
+
+HERE = Path(__file__).resolve().parent
+PORTRAITS = 24_000
+ENCODERS: dict[str, dict[str, Any]] = {
+    "nested": {},
+    "one_value": {"tokens": 1},
+    "decoupled": {"method": "decoupled", "value_norm": "none", "alpha": 1.0, "learn_alpha": False},
+}
+ENCODER_NAME = re.compile(
+    rf"(?P<method>{'|'.join(ENCODERS)})(_(?P<tokens>\d+)_tokens)?(_(?P<norm>{'|'.join(VALUE_NORMS)})_norm)?"
+    r"(_(?P<steps>\d+)_steps)?(_seed(?P<seed>\d+))?"
+)
+SHIPPED = ("codec", "vision", "probe", "base")
+STEPS = {
+    "codec": 1400, "vision": 2000, "qformer": 1000, "probe": 2200, "base": 10000, "encoder": 1500, "controlnet": 1000,
+    "lora": 400,
+}  # fmt: skip
+
+
+class Run:
+    """A training of the whole world in a folder. Each stage is a method that returns its trained, frozen module, or the
+    file that it wrote."""
+
+    def __init__(
+        self, folder: Path, seed: int, scale: float, shipped: frozenset[str] = frozenset(), warm: bool = False,
+        compiled: bool = False,
+    ) -> None:  # fmt: skip
+        """scale: of steps and pictures. shipped: what is taken from demo/weights. warm: where the base model starts.
+        compiled: whether the U-Net runs as torch.compile makes it while it or an encoder is trained.
+
+        Raises SystemExit where the folder belongs to another run: what lies there would not fit.
+        """
+        self.folder, self.seed, self.scale, self.shipped, self.warm = folder, seed, scale, shipped, warm
+        self.compiled = compiled
+        # A whole training from nothing is what becomes the shipped files; any other keeps its own to itself.
+        self.weights = WEIGHTS if scale == 1 and folder == HERE / "run" else folder / "weights"
+        about, said = folder / "run.json", {"seed": seed, "scale": scale, "shipped": sorted(shipped), "warm": warm}
+        if about.is_file() and json.loads(about.read_text("utf-8")) != said:
+            raise SystemExit(f"{folder} belongs to another run, {about.read_text('utf-8')}: name another --out.")
+        folder.mkdir(parents=True, exist_ok=True)
+        about.write_text(json.dumps(said), "utf-8")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def log(self, line: str) -> None:
+        """Prints a line and keeps it in train.log."""
+        with open(self.folder / "train.log", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(f"\r{line}", flush=True)
+
+    def steps(self, stage: str) -> int:
+        return max(2, round(STEPS[stage] * self.scale))
+
+    def count(self, pictures: int) -> int:
+        return max(64, round(pictures * self.scale))
+
+    def pictures(self) -> data.Pictures:
+        return data.pictures(self.folder, "pictures", self.count(data.PICTURES), self.seed)
+
+    def unseen(self) -> data.Pictures:
+        """Pictures of held-out figures."""
+        return data.pictures(self.folder, "unseen", self.count(1000), self.seed + 1, held_out=True)
+
+    def portraits(self) -> data.Pictures:
+        """Single figures, large, of the size that the vision tower sees."""
+        return data.pictures(self.folder, "portraits", self.count(PORTRAITS), self.seed + 2, portrait=True,
+                             size=models.VISION_SIZE)  # fmt: skip
+
+    def unseen_portraits(self) -> data.Pictures:
+        return data.pictures(self.folder, "unseen_portraits", self.count(1000), self.seed + 3, portrait=True,
+                             held_out=True, size=models.VISION_SIZE)  # fmt: skip
+
+    def pixels(self, pictures: np.ndarray, chosen: list[int]) -> Tensor:
+        """Chosen ones of uint8 (N, H, W, 3) as (B, 3, H, W) in [-1, 1]."""
+        return models.normalise(torch.from_numpy(pictures[np.array(chosen)])).to(self.device)
+
+    @functools.cached_property
+    def shipped_parts(self) -> tuple[Any, Any, Any]:
+        """U-Net, text encoder and codec of the shipped checkpoint."""
+        unet, text_encoder, codec = export.load_checkpoint(WEIGHTS / CHECKPOINT)
+        return unet.to(self.device), text_encoder.to(self.device), codec.to(self.device)
+
+    def codec(self) -> torch.nn.Module:
+        if "codec" in self.shipped:
+            return self.shipped_parts[2]
+        torch.manual_seed(self.seed)
+        codec, shown, unseen = models.codec(), self.pictures(), self.unseen()
+        crop, size = 64, world.SIZE
+        first = self.pixels(shown.pixels, list(range(min(200, len(shown))))).cpu() / 2 + 0.5
+        patches = first.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 8, 8)
+        models.start_codec(codec, patches[torch.randperm(len(patches))[:20_000]])
+
+        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+            chosen = rng.sample(range(len(shown)), 16)
+            pixels = self.pixels(shown.pixels, chosen)
+            corners = [(rng.randrange(0, size - crop + 1, 8), rng.randrange(0, size - crop + 1, 8)) for _ in chosen]
+            pixels = torch.stack(
+                [p[:, y : y + crop, x : x + crop] for p, (y, x) in zip(pixels, corners, strict=True)]
+            ).contiguous(memory_format=torch.channels_last)
+            latents = codec.encode(pixels).latents.float()
+            # Noise makes the latent space smooth and the decoder lenient towards what a U-Net makes.
+            out = codec.decode(latents + 0.03 * torch.randn_like(latents)).sample.float()
+            error = out - pixels
+            edges = sum((F.l1_loss(out.diff(dim=d), pixels.diff(dim=d)) for d in (2, 3)), torch.zeros(()))
+            size_of = latents.square().mean()
+            value = error.abs().mean() + error.square().mean() + edges + 0.001 * size_of
+            return value, {"mse": float(error.detach().square().mean()), "latent": float(size_of.detach())}
+
+        def note(step: int) -> dict[str, float]:
+            pixels = self.pixels(unseen.pixels, list(range(min(32, len(unseen)))))
+            error = (codec.decode(codec.encode(pixels).latents).sample - pixels).square().mean()
+            return {"unseen PSNR": float(10 * torch.log10(4 / error))}
+
+        fit("codec", self.folder, codec, loss, self.steps("codec"), lr=1e-3, seed=self.seed, log=self.log, note=note,
+            note_every=200)  # fmt: skip
+        with torch.no_grad():
+            latents = codec.encode(self.pixels(shown.pixels, list(range(min(128, len(shown)))))).latents
+        codec.register_to_config(scaling_factor=round(float(1 / latents.std()), 4))
+        return codec
+
+    def latents(self) -> np.ndarray:
+        """Scaled latents of `pictures`, (N, 16, 16, 16) float16, encoded once."""
+        shown, codec = self.pictures(), self.codec()
+        shape = (len(shown), models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
+
+        def encode(at: list[int]) -> Tensor:
+            return codec.encode(self.pixels(shown.pixels, at)).latents.float() * codec.config.scaling_factor
+
+        return self.made_once("latents.f16", np.float16, shape, encode)
+
+    def decoded(self, count: int = 6000) -> np.ndarray:
+        """The first pictures as they come out of the codec, uint8 (N, 128, 128, 3): what the probe will be shown."""
+        latents, codec = self.latents(), self.codec()
+        count = min(self.count(count), len(latents))
+        shape = (count, world.SIZE, world.SIZE, 3)
+
+        def decode(at: list[int]) -> Tensor:
+            return self.decode(codec, torch.from_numpy(latents[at])).permute(0, 2, 3, 1)
+
+        return self.made_once("decoded.u8", np.uint8, shape, decode)
+
+    def made_once(
+        self, name: str, dtype: type, shape: tuple[int, ...], make: Callable[[list[int]], Tensor]
+    ) -> np.ndarray:
+        """The array of a file; where it is not there yet, `make` makes the rows at given places."""
+        path = self.folder / name
+        if not path.is_file():
+            with whole(path) as part, torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+                made = np.memmap(part, dtype, "w+", shape=shape)
+                for at in _batches(shape[0], 64, f"making {name}"):
+                    made[at] = make(at).cpu().numpy()
+                del made  # flushes; an open map can't be renamed on Windows
+        return np.memmap(path, dtype, "r", shape=shape)
+
+    def decode(self, codec: torch.nn.Module, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 16, h, w) -> uint8 pictures (B, 3, 8h, 8w)."""
+        out = codec.decode(latents.float().to(self.device) / codec.config.scaling_factor).sample.float()
+        return ((out + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def probe(self) -> models.Probe:
+        """The judge: trained on pictures as drawn and as the codec shows them; no other model sees it."""
+        if "probe" in self.shipped:
+            return models.load_probe(WEIGHTS / PROBE).to(self.device)
+        torch.manual_seed(self.seed + 10)
+        probe, shown, decoded, unseen = models.Probe(), self.pictures(), self.decoded(), self.unseen()
+        answers, unseen_answers = answers_of(shown.entries), answers_of(unseen.entries)
+
+        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+            chosen = rng.sample(range(len(shown)), min(32, len(shown)))
+            again = rng.sample(range(len(decoded)), min(32, len(decoded)))
+            pixels = torch.cat([self.pixels(shown.pixels, chosen), self.pixels(decoded, again)])
+            out = probe(roughen(pixels, rng).contiguous(memory_format=torch.channels_last))
+            value, right = score(out, answers[chosen + again].to(self.device), list(models.SCORED))
+            return value, {"right": right}
+
+        def note(step: int) -> dict[str, float]:
+            parts = [probe(self.pixels(unseen.pixels, at)) for at in _batches(len(unseen), 50)]
+            out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            rights = {name: share_right(out[name], unseen_answers[:, i]) for i, name in enumerate(models.SCORED)}
+            return {"unseen": sum(rights.values()) / len(rights), "worst": min(rights.values())}
+
+        return fit("probe", self.folder, probe, loss, self.steps("probe"), lr=2e-3, seed=self.seed + 10, log=self.log,
+                   note=note, note_every=500)  # fmt: skip
+
+    def vision(self) -> torch.nn.Module:
+        """The tower, trained to tell identities: from its embedding, and attribute by attribute from its patches."""
+        if "vision" in self.shipped:
+            return export.load_vision(WEIGHTS / VISION).to(self.device)
+        torch.manual_seed(self.seed + 30)
+        tower, shown, unseen = models.vision_tower(), self.portraits(), self.unseen_portraits()
+        # Trained beside the tower, then dropped: nothing but the tower is used later.
+        judged = torch.nn.ModuleDict({"tower": tower, "reader": models.Reader()})
+        answers, unseen_answers = identities_of(shown), identities_of(unseen)
+
+        def read(pixels: Tensor) -> list[dict[str, Tensor]]:
+            out = tower(pixels, output_hidden_states=True)
+            return judged["reader"](out.image_embeds, out.hidden_states[-2])
+
+        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+            chosen = rng.sample(range(len(shown)), min(64, len(shown)))
+            pixels = roughen(self.pixels(shown.pixels, chosen), rng)
+            truth = answers[chosen].to(self.device)
+            scored = [score(out, truth, list(models.IDENTITY)) for out in read(pixels)]
+            return scored[0][0] + scored[1][0], {"right": scored[0][1], "right by part": scored[1][1]}
+
+        def note(step: int) -> dict[str, float]:
+            parts = [read(self.pixels(unseen.pixels, at)) for at in _batches(len(unseen), 100)]
+            figures = {}
+            for way, title in enumerate(("embedding", "by part")):
+                rights = [
+                    share_right(torch.cat([part[way][name] for part in parts]), unseen_answers[:, i])
+                    for i, name in enumerate(models.IDENTITY)
+                ]
+                figures |= {f"unseen, {title}": sum(rights) / len(rights), f"worst, {title}": min(rights)}
+            return figures
+
+        fit("vision", self.folder, judged, loss, self.steps("vision"), lr=1e-3, seed=self.seed + 30, log=self.log,
+            note=note, note_every=500, warmup=300)  # fmt: skip
+        return tower
+
+    def base(self) -> Base:
+        """U-Net and text encoder, trained together on captions that name some of the figures' attributes."""
+        torch.manual_seed(self.seed + 20)
+        base = Base()
+        if self.warm or "base" in self.shipped:
+            base.unet, base.text_encoder, _ = export.load_checkpoint(WEIGHTS / CHECKPOINT)
+            base.requires_grad_(True).to(self.device)
+        if self.device.type == "cpu":
+            # The fused attention's backward pass is slow there: written out, a training step takes two thirds.
+            base.unet.set_attn_processor(AttnProcessor())
+            base.text_encoder.set_attn_implementation("eager")
+        if "base" in self.shipped:
+            return base.eval().requires_grad_(False)
+        shown, latents, codec, probe = self.pictures(), self.latents(), self.codec(), self.probe()
+        unet = torch.compile(base.unet) if self.compiled else base.unet
+
+        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+            return self.denoising_loss(
+                rng, shown, latents, base.read, lambda noisy, times, text, _: unet(noisy, times, text).sample
+            )
+
+        def note(step: int) -> dict[str, float]:
+            rng = random.Random(step)
+            entries = [data.random_entry(rng, i % 2 + 1) for i in range(32)]
+            texts = [data.plain_prompt(entry) for entry in entries]
+            pictures = self.sample(base, codec, texts, seed=step)
+            _save_sheet(pictures, self.folder / "samples" / f"base_{step:06}.png")
+            named = [caption(entry, rng, all_named=True) for entry in entries]
+            described = self.sample(base, codec, named, seed=step)
+            _save_sheet(described, self.folder / "samples" / f"base_{step:06}_described.png")
+            told = judge(probe, described, entries)
+            plain = judge(probe, pictures, entries)
+            figures = {name: plain[name] for name in ("class", "scene", "style", "identity")}
+            return figures | {f"described {name}": told[name] for name in ("identity", *world.ATTRIBUTES)}
+
+        fit("base", self.folder, base, loss, self.steps("base"), lr=1e-3, seed=self.seed + 20, log=self.log,
+            ema=0.9995, warmup=300, note=note, note_every=1000)  # fmt: skip
+        return base
+
+    def denoising_loss(
+        self, rng: random.Random, shown: data.Pictures, latents: np.ndarray, read: Callable[[list[str]], Tensor],
+        predict: Callable[[Tensor, Tensor, Tensor, list[int]], Tensor],
+    ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+        """The loss of 32 of the pictures that `latents` has, with captions of theirs.
+
+        predict  (noisy latents, times, text (B, 77, 128), which pictures) -> v
+        """
+        scheduler = models.scheduler()
+        chosen = rng.sample(range(len(latents)), min(32, len(latents)))
+        captions = [caption(shown.entries[i], rng) for i in chosen]
+        clean = torch.from_numpy(latents[np.array(chosen)]).float().to(self.device)
+        noise = torch.randn_like(clean)
+        # Half of them anywhere, half around the noise at which shapes are decided.
+        times = torch.where(
+            torch.rand(len(chosen)) < 0.5,
+            torch.randint(0, scheduler.config.num_train_timesteps, (len(chosen),)),
+            (500 + 150 * torch.randn(len(chosen))).long().clamp(0, 999),
+        ).to(self.device)
+        noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
+        predicted = predict(noisy, times, read(captions), chosen).float()
+        error = (predicted - scheduler.get_velocity(clean, noise, times)).square()
+        regions = torch.from_numpy(shown.regions[np.array(chosen)]).to(self.device)[:, None]
+        weight = F.avg_pool2d(weights(regions), 8)
+        return (error * weight).mean() / weight.mean(), {"plain": float(error.detach().mean())}
+
+    def controlnet(self) -> Path:
+        """A ControlNet for edges, as the host's Canny node draws them; its file."""
+        path = self.folder / CONTROLNET
+        if path.is_file():
+            return path
+        torch.manual_seed(self.seed + 50)
+        base, shown, latents = self.base(), self.pictures(), self.latents()
+        controlnet: Any = ControlNetModel.from_unet(base.unet)
+        if self.device.type == "cpu":
+            controlnet.set_attn_processor(AttnProcessor())
+        count = min(self.count(3000), len(shown))
+        drawn = self.made_once(
+            "edges.u8", np.uint8, (count, world.SIZE, world.SIZE),
+            lambda at: edges(self.pixels(shown.pixels, at).float() / 2 + 0.5),
+        )  # fmt: skip
+
+        def predict(noisy: Tensor, times: Tensor, text: Tensor, chosen: list[int]) -> Tensor:
+            hints = torch.from_numpy(drawn[np.array(chosen)]).float().to(self.device)[:, None].expand(-1, 3, -1, -1)
+            down, mid = controlnet(noisy, times, text, hints, return_dict=False)
+            return base.unet(
+                noisy, times, text, down_block_additional_residuals=down, mid_block_additional_residual=mid
+            ).sample
+
+        fit("controlnet", self.folder, controlnet,
+            lambda rng: self.denoising_loss(rng, shown, latents[:count], base.read, predict), self.steps("controlnet"),
+            lr=5e-4, seed=self.seed + 50, log=self.log, ema=0.995, note_every=250,
+        )  # fmt: skip
+        export.write_controlnet(path, controlnet)
+        return path
+
+    def lora(self) -> Path:
+        """A LoRA for a look that the world's styles do not have: night, with a light on the middle; its file."""
+        path = self.folder / LORA
+        if path.is_file():
+            return path
+        torch.manual_seed(self.seed + 60)
+        base, shown, codec = self.base(), self.pictures(), self.codec()
+        count = min(self.count(4000), len(shown))
+        shape = (count, models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
+        latents = self.made_once(
+            "night_latents.f16", np.float16, shape,
+            lambda at: codec.encode(at_night(self.pixels(shown.pixels, at))).latents.float()
+            * codec.config.scaling_factor,
+        )  # fmt: skip
+        targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+        base.unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=targets))
+        trained = torch.nn.ParameterList([p for p in base.unet.parameters() if p.requires_grad])
+        fit("lora", self.folder, trained,
+            lambda rng: self.denoising_loss(
+                rng, shown, latents, base.read, lambda noisy, times, text, _: base.unet(noisy, times, text).sample),
+            self.steps("lora"), lr=2e-3, seed=self.seed + 60, log=self.log, ema=0.99, warmup=20, note_every=100,
+        )  # fmt: skip
+        export.write_lora(path, base.unet)
+        return path
+
+    def qformer(self, tokens: int = 16) -> Path:
+        """A nested encoder whose Q-Former learned to tell attributes; its K̈ / V̈ layers know nothing yet."""
+        name = "qformer" if tokens == 16 else f"qformer_{tokens}_tokens"
+        path = self.folder / f"{name}.safetensors"
+        torch.manual_seed(self.seed + 40)
+        tower, shown, unseen = self.vision(), self.portraits(), self.unseen_portraits()
+        config = replace(models.encoder_config(), tokens=tokens)
+        encoder = NestedEncoder.from_config(config)
+        judged = torch.nn.ModuleDict({"encoder": encoder, "reader": models.TokenReader(config.tokens)})
+        answers, unseen_answers = identities_of(shown), identities_of(unseen)
+
+        def read(pixels: Tensor) -> dict[str, Tensor]:
+            with torch.no_grad():
+                features = tower(pixels, output_hidden_states=True).hidden_states[-2]
+            return judged["reader"](encoder.encode(features))
+
+        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+            chosen = rng.sample(range(len(shown)), min(64, len(shown)))
+            told = read(self.pixels(shown.pixels, chosen))
+            value, right = score(told, answers[chosen].to(self.device), [*models.IDENTITY])
+            return value, {"right": right}
+
+        def note(step: int) -> dict[str, float]:
+            parts = [read(self.pixels(unseen.pixels, at)) for at in _batches(len(unseen), 100)]
+            rights = [
+                share_right(torch.cat([part[name] for part in parts]), unseen_answers[:, i])
+                for i, name in enumerate(models.IDENTITY)
+            ]
+            return {"unseen": sum(rights) / len(rights), "worst": min(rights)}
+
+        if not path.is_file():
+            fit(name, self.folder, judged, loss, self.steps("qformer"), lr=1e-3, seed=self.seed + 40,
+                log=self.log, note=note, note_every=250)  # fmt: skip
+            write_encoder(path, encoder)
+        return path
+
+    def encoder(self, name: str) -> Path:
+        """Trains an encoder with the pack's own training code; returns its file.
+
+        name: a method of ENCODERS, with "_<N>_tokens", "_<value_norm>_norm", "_<N>_steps" and "_seed<S>", in this
+        order, for others than 16 tokens, the method's own value_norm, 1,500 steps and seed 0.
+        """
+        match = ENCODER_NAME.fullmatch(name)
+        assert match
+        settings = models.encoder_settings(**ENCODERS[match["method"]])
+        if match["tokens"]:
+            settings = replace(settings, tokens=int(match["tokens"]))
+        if match["norm"]:  # without a norm to match, α would be a second scale of V̈
+            settings = replace(settings, value_norm=match["norm"], learn_alpha=match["norm"] != "none")
+        base, tower, codec = self.base(), self.vision(), self.codec()
+        if self.compiled:
+            for module in base.unet.modules():
+                if isinstance(module, (ResnetBlock2D, FeedForward)):
+                    module.compile()
+        pipeline = StableDiffusionPipeline(
+            vae=codec, text_encoder=base.text_encoder, tokenizer=base.tokenizer, unet=base.unet,
+            scheduler=models.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        config = TrainingConfig(
+            output=str(self.folder / name),
+            steps=max(2, round(int(match["steps"] or STEPS["encoder"]) * self.scale)),
+            batch_size=32,
+            precision="bf16",
+            seed=self.seed + int(match["seed"] or 0),
+            workers=1,
+            save_every=250,
+            keep=1,
+            tracker="none",
+            encoder=settings,
+            init=InitConfig(encoder=str(self.qformer(settings.tokens)), layers="unet"),
+            optimiser=OptimiserConfig(
+                qformer_rate=5e-4, layers_rate=3e-3, warmup=100, schedule="cosine", ema=0.995
+            ),
+            loss=LossConfig(mask_weight=PART_WEIGHT, drop_text=0.05),
+            samples=SampleConfig(every=500, count=6, seeds=3, guidance=4.0),
+        )  # fmt: skip
+        examples = Examples(self.pictures(), self.latents())
+        parts = BaseModel(pipeline, VisionTower(tower, models.VISION_MEAN, models.VISION_STD), name="Small World")
+        # Which base it is for: the evaluation refuses to run it on another.
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / name / "base.txt").write_text(export.fingerprint(base.unet), "utf-8")
+        path = train(config, parts, examples)
+        metrics = (self.folder / name / "metrics.jsonl").read_text("utf-8").splitlines()
+        said = json.loads(metrics[-1])
+        alpha = f", alpha {read_encoder(path)[0].alpha:.3g}" if config.encoder.learn_alpha else ""
+        self.log(f"{name}: {config.steps} steps, loss {said['loss']:.4f}{alpha}")
+        return path
+
+    def pipeline(self) -> None:
+        """The base model as a diffusers folder and figures as a data folder: what the training's command line takes."""
+        base, folder = self.base(), self.folder / "pipeline"
+        export.write_pipeline(folder, base.unet, base.text_encoder, self.codec(), self.vision())
+        for i in range(self.count(2000)):
+            rng = random.Random(f"{self.seed} figures {i}")
+            figure = world.random_figure(rng)
+            of_it = self.folder / "figures" / "_".join([figure.kind, *figure.identity])
+            of_it.mkdir(parents=True, exist_ok=True)
+            (of_it / "class.txt").write_text(figure.kind, "utf-8")
+            for view in range(3):
+                scene, style = rng.choice(world.SCENES), rng.choice(world.STYLES)
+                world.render([figure], scene, style, rng, close=view == 0).image.save(of_it / f"{view}.png")
+                (of_it / f"{view}.txt").write_text(world.prompt(["<subject>"], scene, style), "utf-8")
+        self.log(f"pipeline: {folder} and {folder.with_name('figures')}")
+
+    def export(self) -> None:
+        """Writes what is trained as the files that ComfyUI opens, with the log of their training."""
+        folder, base = self.weights, self.base()
+        export.write_checkpoint(folder / CHECKPOINT, base.unet.float(), base.text_encoder, self.codec())
+        export.write_vision(folder / VISION, self.vision())
+        probe = {name: weight.half().contiguous() for name, weight in self.probe().state_dict().items()}
+        export.write_file(folder / PROBE, probe, "Small World: the probe that scores pictures")
+        encoder = load_encoder(self.encoder("nested"))
+        write_encoder(folder / ENCODER, encoder.half())
+        for path in (self.controlnet(), self.lora()):
+            shutil.copyfile(path, folder / path.name)
+        shutil.copyfile(self.folder / "train.log", folder / "train.log")
+        self.log(f"export: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
+
+    @torch.no_grad()
+    def sample(self, base: Base, codec: torch.nn.Module, texts: list[str], seed: int, cfg: float = 4.0,
+               steps: int = 25) -> Tensor:  # fmt: skip
+        """uint8 pictures (B, 3, 128, 128) for prompts, by DDIM with guidance."""
+        scheduler = models.scheduler()
+        scheduler.set_timesteps(steps)
+        shape = (len(texts), models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            text = base.read([*texts, *([""] * len(texts))])
+            for time in scheduler.timesteps:
+                out = base.unet(torch.cat([x, x]), time, text).sample.float()
+                positive, negative = out.chunk(2)
+                x = scheduler.step(negative + cfg * (positive - negative), time, x).prev_sample
+            return self.decode(codec, x)
+
+
+class Base(torch.nn.Module):
+    """U-Net and text encoder of the small world."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = models.unet(), models.text_encoder()
+        self.tokenizer = models.tokenizer()
+
+    def read(self, texts: list[str]) -> Tensor:
+        """Prompts -> (B, 77, 128)."""
+        tokens = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=models.TEXT_LENGTH, return_tensors="pt"
+        )
+        device = next(self.parameters()).device
+        return self.text_encoder(tokens.input_ids.to(device)).last_hidden_state
+
+
+def _batches(count: int, size: int, title: str = "") -> Iterator[list[int]]:
+    starts = range(0, count, size)
+    for start in tqdm(starts, desc=title, mininterval=5) if title else starts:
+        yield list(range(start, min(start + size, count)))
+
+
+def _save_sheet(pictures: Tensor, path: Path, columns: int = 8) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid = torchvision.utils.make_grid(pictures.cpu(), columns, padding=0)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+
+STAGES = (
+    "codec", "vision", "qformer", "probe", "base", "nested", "one_value", "decoupled", "controlnet", "lora", "export",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains the small world from nothing. Rerun it to go on.")
+    parser.add_argument("--out", type=Path, help="folder for pictures, checkpoints and the log (default: demo/run)")
+    parser.add_argument(
+        "--stage",
+        type=_stage,
+        help=f"only this stage and those it needs: one of {', '.join(STAGES)}, pipeline (files for the training's "
+        "command line), or an encoder with another number of tokens, value_norm, number of steps or seed, such as "
+        "nested_4_tokens_seed1 or nested_none_norm_3000_steps",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shipped", nargs="*", choices=SHIPPED, help="take these (default: all of them) from demo/weights"
+    )
+    parser.add_argument("--warm", action="store_true", help="start the base model from that in demo/weights")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the U-Net: half the time on a CPU; needs a C++ compiler"
+    )
+    parser.add_argument("--quick", action="store_true", help="a thousandth of all steps and pictures, to see it run")
+    arguments = parser.parse_args()
+    shipped = None if arguments.shipped is None else arguments.shipped or SHIPPED
+    kind = "_quick" * arguments.quick + "_shipped" * (shipped is not None)
+    run = Run(
+        arguments.out or HERE / f"run{kind}",
+        arguments.seed,
+        0.001 if arguments.quick else 1.0,
+        frozenset(shipped or ()),
+        arguments.warm,
+        arguments.compile,
+    )
+    for stage in [arguments.stage] if arguments.stage else STAGES:
+        begun = time.monotonic()
+        if ENCODER_NAME.fullmatch(stage):
+            run.encoder(stage)
+        else:
+            getattr(run, stage)()
+        run.log(f"{stage}: done, {(time.monotonic() - begun) / 60:.1f} min in this session")
+
+
+def _stage(text: str) -> str:
+    if text not in (*STAGES, "pipeline") and not ENCODER_NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"there is no stage {text}")
+    return text
