@@ -31,7 +31,7 @@ from transformers import (
 from nested_core.encoder import EncoderConfig, ResamplerShape
 from nested_core.training import EncoderSettings
 
-from . import world
+from . import FAMILY, world
 
 LATENT_CHANNELS = 16
 LATENT_SIZE = world.SIZE // 8
@@ -298,7 +298,7 @@ def encoder_config() -> EncoderConfig:
     settings = encoder_settings()
     shape = ResamplerShape(settings.dim, settings.depth, settings.heads, settings.dim_head, settings.ff_mult)
     return EncoderConfig(
-        family="small_world", base_model=settings.base_model, tokens=settings.tokens, token_dim=CONTEXT_DIM,
+        family=FAMILY.name, base_model=settings.base_model, tokens=settings.tokens, token_dim=CONTEXT_DIM,
         feature_dim=vision_config().hidden_size, value_norm=settings.value_norm, alpha=settings.alpha,
         licence=settings.licence, title=settings.title, resampler=shape,
     )  # fmt: skip

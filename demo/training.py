@@ -393,7 +393,7 @@ class Run:
         torch.manual_seed(self.seed + 40)
         tower, shown, unseen = self.vision(), self.portraits(), self.unseen_portraits()
         config = replace(models.encoder_config(), tokens=tokens)
-        encoder = NestedEncoder.from_config(config)
+        encoder = NestedEncoder(config)
         judged = torch.nn.ModuleDict({"encoder": encoder, "reader": models.TokenReader(config.tokens)})
         answers, unseen_answers = identities_of(shown), identities_of(unseen)
 

@@ -10,14 +10,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
-import torch
-
-from .checkpoint import cast, read_encoder, write_state
-from .encoder import IMAGE_FEATURES, POOLED, VALUE_NORMS
+from .attention import VALUE_NORMS
+from .checkpoint import cast_weights, read_encoder, write_state
+from .encoder import IMAGE_FEATURES, POOLED, Overrides
 from .errors import NestedAttentionError
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from .files import PRECISIONS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("input", type=Path, metavar="IN", help="encoder file to read")
     parser.add_argument("output", type=Path, metavar="OUT", help="file to write, ending in .safetensors")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="precision of the weights")
+    parser.add_argument("--dtype", choices=list(PRECISIONS), help="precision of the weights")
     parser.add_argument("--image-features", choices=IMAGE_FEATURES, help="which vision tower features it reads")
     parser.add_argument("--value-norm", choices=VALUE_NORMS, help="how nested values are rescaled")
     parser.add_argument("--alpha", type=float, help="factor of that rescaling (the release: 2.0)")
@@ -49,19 +48,12 @@ def convert(arguments: argparse.Namespace) -> None:
         raise NestedAttentionError(f"{target.name}: the output is a safetensors file, so end its name in .safetensors.")
     if target.exists() and not arguments.force:
         raise NestedAttentionError(f"{target} exists. Choose another name, or add --force to replace it.")
-    config, state = read_encoder(
-        source,
-        image_features=arguments.image_features,
-        value_norm=arguments.value_norm,
-        alpha=arguments.alpha,
-        pooled=arguments.pooled,
-    )
-    if arguments.base_model is not None:
-        config = replace(config, base_model=arguments.base_model)
-    if arguments.licence is not None:
-        config = replace(config, licence=arguments.licence)
+    said = vars(arguments)
+    config, state = read_encoder(source, **cast(Overrides, {name: said[name] for name in Overrides.__annotations__}))
+    words = {name: said[name] for name in ("base_model", "licence") if said[name] is not None}
+    config = replace(config, **words)
     if arguments.dtype:
-        cast(state, DTYPES[arguments.dtype], None, "Use --dtype bf16 or fp32.")
+        cast_weights(state, PRECISIONS[arguments.dtype], None, "Use --dtype bf16 or fp32.")
     write_state(target, config, state, keep_fingerprint=True)
     print(f"{source.name}: {config.title}")
     print(

@@ -4,7 +4,7 @@ arXiv 2501.01407, section 3: the vision tower and the U-Net stay frozen; what is
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,21 @@ from .attention import VALUE_NORMS
 from .errors import NestedAttentionError
 from .layers import compress, family_of
 from .resampler import ImageProjection, Resampler
+from .towers import of_width
 
 KINDS = ("nested", "nested-sd15-pooled", "ip-adapter-plus")
 IMAGE_FEATURES = ("penultimate", "last", "pooled")
 POOLED = ("eos", "placeholder")
 
-# What a vision tower's feature width gives away, for messages about a wrong pair.
-_TOWERS = {
-    768: "CLIP ViT-B",
-    1024: "CLIP ViT-L, or the pooled embedding of ViT-H",
-    1152: "SigLIP",
-    1280: "CLIP ViT-H, or the pooled embedding of ViT-bigG",
-    1664: "CLIP ViT-bigG",
-}
+
+class Overrides(TypedDict, total=False):
+    """What a user may say about an encoder against its file, as in `EncoderConfig`; None is what the file says, or the
+    default of its kind."""
+
+    image_features: str | None
+    value_norm: str | None
+    alpha: float | None
+    pooled: str | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,6 @@ class EncoderConfig:
     pooled          where SDXL's pooled text vector is taken: "eos" or "placeholder"
     licence         of the weights, in words
     fingerprint     content hash of the weights as first published; empty where there is no content (meta tensors)
-    experimental    whether this use of the weights is outside what they were trained for
     title           what the reader took the file for, one line for the log
     widths          channels of each layer in diffusers' order; empty means the family's published widths
     resampler       sizes of the Q-Former; of no meaning for "nested-sd15-pooled"
@@ -76,7 +77,6 @@ class EncoderConfig:
     pooled: str = "eos"
     licence: str = "unknown"
     fingerprint: str = ""
-    experimental: bool = False
     title: str = ""
     widths: tuple[int, ...] = ()
     resampler: ResamplerShape = ResamplerShape()
@@ -107,7 +107,8 @@ class EncoderConfig:
 
 
 class NestedEncoder(nn.Module):
-    """Q-Former (or pooled projection) and the nested K̈ / V̈ layers, in diffusers' layer order.
+    """Q-Former (or pooled projection) and the nested K̈ / V̈ layers, in diffusers' layer order. Weights are fresh; on the
+    device "meta" there are none, to load into with assign=True.
 
     `resampler` makes the subject's tokens; `to_k[i]` and `to_v[i]` are W_K̈ and W_V̈ of layer i of
     `family_of(config.family).layers()`. `operations` has Linear and LayerNorm as torch.nn does; with the host's own,
@@ -151,18 +152,6 @@ class NestedEncoder(nn.Module):
         self.to_k = projections()
         self.to_v = projections()
 
-    @classmethod
-    def from_config(
-        cls,
-        config: EncoderConfig,
-        *,
-        operations: Any = nn,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> "NestedEncoder":
-        """An encoder of these shapes with fresh weights (device "meta": with none, to load into with assign=True)."""
-        return cls(config, operations=operations, dtype=dtype, device=device)
-
     def encode(self, features: Tensor) -> Tensor:
         """Image features -> subject tokens x (B, N, C).
 
@@ -175,7 +164,7 @@ class NestedEncoder(nn.Module):
         pooled = config.image_features == "pooled"
         if features.ndim != (2 if pooled else 3) or features.shape[-1] != config.feature_dim:
             expected = f"(images, {config.feature_dim})" if pooled else f"(images, tokens, {config.feature_dim})"
-            came = _TOWERS.get(features.shape[-1]) if features.ndim else None
+            came = of_width(features.shape[-1], features.ndim == 2) if features.ndim else ""
             looks = f", which looks like {came}" if came and features.shape[-1] != config.feature_dim else ""
             raise NestedAttentionError(
                 f"This encoder reads the {config.image_features} features of the vision tower, {expected}; "

@@ -27,6 +27,8 @@ from torch import Tensor
 from .errors import NestedAttentionError
 
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""What weights, tokens and computations are in, by the names that users know."""
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -197,7 +199,9 @@ def _read_pickled(file: BinaryIO, start: bytes, wanted: bool) -> dict[str, Tenso
             "The file holds Python objects besides tensors, which could run any code when opened, or it is damaged. "
             "It was not opened. Get the encoder as safetensors, or export a .bin that holds tensors only."
         ) from error
-    except Exception as error:  # PyTorch's reader ends in many ways on damaged bytes, IndexError among them
+    except MemoryError:  # the machine's, not the file's
+        raise
+    except Exception as error:  # PyTorch's reader ends in many ways on damaged bytes: IndexError, OSError (EINVAL) ...
         raise NestedAttentionError(
             f"The PyTorch file is damaged or cut short ({str(error).splitlines()[0] if str(error) else 'no content'}). "
             f"Get it again."

@@ -6,10 +6,10 @@ the same layers as ("input" | "middle" | "output", block number, transformer blo
 where the two are matched; everything else looks layers up in it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import NestedAttentionError
 
@@ -108,7 +108,7 @@ class Family:
     """A U-Net architecture: which cross-attention layers it has, whatever the width of each level.
 
     `context_dim` is the width of the text tokens its cross-attention reads; `channels` are the levels' widths in the
-    published models, the depths and `res_blocks` as in `unet_layers`.
+    published models, the depths and `res_blocks` as in `unet_layers`. Files say `name`, messages `title`.
     """
 
     name: str
@@ -201,24 +201,44 @@ SD15 = Family(
     depth_up=(1, 1, 1, 0),
     depth_middle=1,
 )
-SMALL_WORLD = Family(
-    name="small_world",
-    title="Small World",
-    context_dim=128,
-    channels=(64, 128),
-    depth_down=(1, 1),
-    depth_up=(1, 1),
-    depth_middle=1,
-    res_blocks=1,
-)
-"""The model that `demo/` trains from scratch, small enough for a CPU: where the method is measured."""
 PUBLISHED: dict[str, Family] = {family.name: family for family in (SDXL, SD15)}
 """The families that files of other projects are for."""
-FAMILIES: dict[str, Family] = {**PUBLISHED, SMALL_WORLD.name: SMALL_WORLD}
+FAMILIES: dict[str, Family] = dict(PUBLISHED)
+"""The families that are known: the published ones, and what was registered."""
+
+
+def register(family: Family) -> Family:
+    """Makes one more family known, for a base model of one's own; once or often.
+
+    Raises NestedAttentionError when another family has its name.
+    """
+    if FAMILIES.setdefault(family.name, family) != family:
+        raise NestedAttentionError(f'There is another base model family of the name "{family.name}": choose another.')
+    return family
+
+
+def described_family(said: Mapping[str, Any]) -> Family:
+    """The family that a description says, as JSON has it: {"name": "...", "channels": [64, 128], ...}.
+
+    Raises NestedAttentionError when it is none, naming the fields.
+    """
+    wanted = {field.name for field in fields(Family)}
+    if not isinstance(said, Mapping) or not wanted - {"res_blocks"} <= set(said) <= wanted:
+        raise NestedAttentionError(
+            f"A base model family is described by {', '.join(sorted(wanted))}; "
+            f"got {', '.join(map(str, said)) if isinstance(said, Mapping) else said!r}."
+        )
+    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    family = Family(**values)
+    numbers = (family.context_dim, family.depth_middle, family.res_blocks, *family.channels, *family.depth_down)
+    if not all(isinstance(number, int) and number >= 0 for number in (*numbers, *family.depth_up)):
+        raise NestedAttentionError(f'Widths and depths of the family "{family.name}" should be whole numbers.')
+    family.layers()  # as many levels in each
+    return family
 
 
 def family_of(name: str) -> Family:
-    """The family of that name ("sdxl", "sd15" or "small_world").
+    """The family of that name: "sdxl", "sd15", or a registered one.
 
     Raises NestedAttentionError for any other name.
     """
@@ -226,6 +246,17 @@ def family_of(name: str) -> Family:
         known = ", ".join(f'"{known}" ({family.title})' for known, family in FAMILIES.items())
         raise NestedAttentionError(f'Unknown base model family "{name}". This pack knows {known}.')
     return FAMILIES[name]
+
+
+def family_with(layers: Collection[str] | Collection[Block], text_width: int) -> Family | None:
+    """The known family that has these cross-attention layers, named as in diffusers or as ComfyUI's addresses, and
+    reads text of this width; None if there is none."""
+    for family in FAMILIES.values():
+        own = family.layers()
+        named = ({layer.diffusers for layer in own}, {layer.block for layer in own})
+        if family.context_dim == text_width and set(layers) in named:
+            return family
+    return None
 
 
 def compress(widths: Sequence[int]) -> str:

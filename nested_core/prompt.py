@@ -23,7 +23,7 @@ class Placeholder:
     """A word of the prompt that stands for a subject.
 
     text: as written in prompts. class_word: what the text encoder reads instead. pooled: take SDXL's pooled text
-    vector at this token instead of the end of the text (DESIGN: the encoder's `pooled` = "placeholder").
+    vector at this token instead of the end of the text (an encoder whose `pooled` is "placeholder").
     """
 
     text: str

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import NestedAttentionError
-from .files import Weights, few, looks_like, open_weights, save_tensors
+from .files import PRECISIONS, Weights, few, looks_like, open_weights, save_tensors
 from .words import fold, letters
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ _WEIGHTS = (1e-6, 1e6)
 _OF_AN_ENCODER = re.compile(
     r"(^|\.)(image_proj|image_proj_model|ip_adapter|adapter_modules|resampler|qformer|to_k|to_v)(\.|$)"
 )
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +190,7 @@ def _check_tokens(tokens: Tensor) -> None:
             f"A subject's tokens must have the shape (1, N, C); got {tuple(tokens.shape)}. Tokens of several views "
             "stand one after another in N."
         )
-    if tokens.dtype not in _DTYPES:
+    if tokens.dtype not in PRECISIONS.values():
         raise NestedAttentionError(f"A subject's tokens must be fp32, fp16 or bf16; got {tokens.dtype}.")
     if not torch.isfinite(tokens).all():
         raise NestedAttentionError(
@@ -201,7 +200,7 @@ def _check_tokens(tokens: Tensor) -> None:
 
 
 def _check_token_weights(weights: Tensor, tokens: int) -> None:
-    if not isinstance(weights, Tensor) or tuple(weights.shape) != (tokens,) or weights.dtype not in _DTYPES:
+    if not isinstance(weights, Tensor) or tuple(weights.shape) != (tokens,) or weights.dtype not in PRECISIONS.values():
         came = f"{tuple(weights.shape)}, {weights.dtype}" if isinstance(weights, Tensor) else type(weights).__name__
         raise NestedAttentionError(
             f"A subject's token weights must be floats of shape ({tokens},), one per token; got {came}."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import folder_paths
 from comfy_api.v0_0_2 import io
 
@@ -16,10 +18,6 @@ _ADVICE = (
     "Put the encoder file into models/nested_attention (the README has the link to the public one), then refresh "
     "the page or press R."
 )
-
-
-def _chosen(option: str) -> str | None:
-    return None if option == _AUTO else option
 
 
 class NestedEncoderLoader(io.ComfyNode):
@@ -95,17 +93,8 @@ class NestedEncoderLoader(io.ComfyNode):
     def execute(
         cls,
         encoder_name: str,
-        image_features: str = _AUTO,
-        value_norm: str = _AUTO,
-        alpha: float = 0.0,
-        pooled: str = _AUTO,
+        **overrides: Any,
     ) -> io.NodeOutput:
-        encoder = load_host_encoder(
-            find(ENCODERS, encoder_name, "encoder", _ADVICE),
-            encoder_name,
-            image_features=_chosen(image_features),
-            value_norm=_chosen(value_norm),
-            alpha=alpha or None,
-            pooled=_chosen(pooled),
-        )
-        return io.NodeOutput(encoder)
+        path = find(ENCODERS, encoder_name, "encoder", _ADVICE)
+        said: Any = {name: None if value in (_AUTO, 0.0) else value for name, value in overrides.items()}
+        return io.NodeOutput(load_host_encoder(path, encoder_name, **said))

@@ -53,7 +53,7 @@ NAMES = [
 def _seeds() -> list[bytes]:
     """One file of each kind."""
     encoder, subject, old = WORK / "encoder.safetensors", WORK / "subject.safetensors", WORK / "old.bin"
-    module = NestedEncoder.from_config(TINY)
+    module = NestedEncoder(TINY)
     write_encoder(encoder, module)
     torch.save({"image_proj": module.resampler.state_dict(), "ip_adapter": {"1.to_k_ip.weight": torch.ones(8, 8)}}, old)
     save_subject(

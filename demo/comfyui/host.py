@@ -101,6 +101,7 @@ class SmallWorld(comfy.supported_models_base.BASE):
     unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
     latent_format = SmallWorldLatent
     memory_usage_factor = 1.0
+    nested_attention_family = json.loads((_HERE.parent / "family.json").read_text("utf-8"))
 
     def model_type(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> comfy.model_base.ModelType:
         return comfy.model_base.ModelType.V_PREDICTION

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ..errors import NestedAttentionError
 from ..files import open_weights
 from ..hosts.diffusers import cross_attention
-from ..layers import FAMILIES, Family, family_of
+from ..layers import FAMILIES, Family, described_family, family_of, family_with, register
+from ..towers import BY_WIDTH
 from .config import BaseConfig
 
 
@@ -127,9 +129,8 @@ def family_of_unet(unet: Any) -> Family:
     if not names:
         raise NestedAttentionError("This U-Net has no cross-attention: there is no prompt to bind a subject in.")
     context = unet.get_submodule(names[0]).to_k.in_features
-    for family in FAMILIES.values():
-        if family.context_dim == context and [layer.diffusers for layer in family.layers()] == names:
-            return family
+    if family := family_with(names, context):
+        return family
     known = ", ".join(f"{f.title} ({len(f.layers())} layers, text {f.context_dim})" for f in FAMILIES.values())
     raise NestedAttentionError(
         f"This U-Net has {len(names)} cross-attention layers and text of width {context}; this pack knows {known}."
@@ -147,11 +148,14 @@ def load_base(config: BaseConfig, dtype: torch.dtype = torch.float32) -> BaseMod
             f"{' and '.join(missing)} not set: name a diffusers folder, a single-file checkpoint or a hub id (model), "
             "and the CLIP vision tower (vision)."
         )
-    pipeline = _load_pipeline(config, dtype)
+    family = config.family
+    if family.endswith(".json"):
+        family = _family_of_file(Path(family)).name
+    pipeline = _load_pipeline(config.model, family, config.variant, dtype)
     pipeline.vae.to(torch.float32)  # SDXL's overflows in fp16
     base = BaseModel(pipeline, load_vision(config.vision, dtype), _title(config.model))
-    if config.family not in ("auto", base.family.name):
-        wanted = family_of(config.family)
+    if family not in ("auto", base.family.name):
+        wanted = family_of(family)
         raise NestedAttentionError(
             f"{config.model} is a model of the family {base.family.title}, not {wanted.title}, as base.family says."
         )
@@ -163,30 +167,28 @@ def _title(model: str) -> str:
     return Path(model).stem if Path(model).is_file() else Path(model).name
 
 
-def _load_pipeline(config: BaseConfig, dtype: torch.dtype) -> Any:
+def _family_of_file(path: Path) -> Family:
+    try:
+        return register(described_family(json.loads(path.read_text("utf-8"))))
+    except (OSError, ValueError, NestedAttentionError) as error:
+        raise NestedAttentionError(f"base.family: {path} does not describe a base model family: {error}") from error
+
+
+def _load_pipeline(model: str, family: str, variant: str | None, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {"torch_dtype": dtype}
     try:
-        if Path(config.model).is_file():
-            kind = StableDiffusionXLPipeline if config.family in ("auto", "sdxl") else StableDiffusionPipeline
-            return kind.from_single_file(config.model, **options)
-        if config.variant:
-            options["variant"] = config.variant
+        if Path(model).is_file():
+            kind = StableDiffusionXLPipeline if family in ("auto", "sdxl") else StableDiffusionPipeline
+            return kind.from_single_file(model, **options)
+        if variant:
+            options["variant"] = variant
         # The safety checker of SD 1.5 has no part in training.
-        return DiffusionPipeline.from_pretrained(config.model, **options, safety_checker=None)
+        return DiffusionPipeline.from_pretrained(model, **options, safety_checker=None)
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise NestedAttentionError(
-            f"Could not load the base model {config.model}: {error}\nExpected a folder with model_index.json, a "
+            f"Could not load the base model {model}: {error}\nExpected a folder with model_index.json, a "
             "checkpoint file (for one that is not SDXL also set base.family), or the id of a model on the hub."
         ) from error
-
-
-# Heads and activation can't be read off the weights: by hidden width, those of the published towers.
-_TOWERS: dict[int, dict[str, Any]] = {
-    768: {"num_attention_heads": 12, "hidden_act": "quick_gelu"},
-    1024: {"num_attention_heads": 16, "hidden_act": "quick_gelu"},
-    1280: {"num_attention_heads": 16, "hidden_act": "gelu"},
-    1664: {"num_attention_heads": 16, "hidden_act": "gelu"},
-}
 
 
 def load_vision(path: str, dtype: torch.dtype = torch.float32) -> VisionTower:
@@ -222,8 +224,8 @@ def _tower_of_file(path: str) -> Any:
         raise ValueError(f"it has no CLIP vision tower; its first tensors are {', '.join(sorted(state)[:4])}")
     patches, projection = state["vision_model.embeddings.patch_embedding.weight"], state["visual_projection.weight"]
     hidden, patch = patches.shape[0], patches.shape[-1]
-    if hidden not in _TOWERS:
-        raise ValueError(f"its hidden width is {hidden}; known are {', '.join(map(str, _TOWERS))}. Use a folder")
+    if hidden not in BY_WIDTH:
+        raise ValueError(f"its hidden width is {hidden}; known are {', '.join(map(str, BY_WIDTH))}. Use a folder")
     grid = round((state["vision_model.embeddings.position_embedding.weight"].shape[0] - 1) ** 0.5)
     config = CLIPVisionConfig(
         hidden_size=hidden,
@@ -232,7 +234,9 @@ def _tower_of_file(path: str) -> Any:
         patch_size=patch,
         image_size=grid * patch,
         projection_dim=projection.shape[0],
-        **_TOWERS[hidden],
+        # Neither can be read off the weights.
+        num_attention_heads=BY_WIDTH[hidden].heads,
+        hidden_act=BY_WIDTH[hidden].activation,
     )
     model = CLIPVisionModelWithProjection(config)
     model.load_state_dict(state, strict=True)

@@ -45,9 +45,9 @@ class BaseConfig:
     """The frozen models.
 
     Attributes:
-        model: a diffusers folder, a single-file checkpoint or a hub id: SDXL, SD 1.5 or the small world.
-        family: sdxl, sd15 or small_world; "auto" reads it off the U-Net. A single-file checkpoint is taken for SDXL
-            unless this says otherwise.
+        model: a diffusers folder, a single-file checkpoint or a hub id.
+        family: sdxl or sd15; "auto" reads it off the U-Net. A single-file checkpoint is taken for SDXL unless this
+            says otherwise. For a U-Net of the same kind but with other layers: a .json file that describes it.
         vision: the CLIP vision tower: a transformers folder, a .safetensors file as in ComfyUI's models/clip_vision,
             or a hub id.
         dtype: of the frozen weights: float32, bfloat16 or float16; "auto" is the precision's on a GPU, else float32.

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import BASELINE, FORMAT, load_encoder, write_state
+from ..checkpoint import load_encoder, write_state
 from ..encoder import NestedEncoder
 from ..files import open_weights
+from ..metadata import BASELINE, FORMAT
 from .model import SubjectDenoiser
 
 

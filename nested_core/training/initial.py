@@ -44,7 +44,7 @@ def make_encoder(settings: EncoderSettings, init: InitConfig, base: BaseModel, s
     config = encoder_config(settings, base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = NestedEncoder.from_config(config)
+        encoder = NestedEncoder(config)
     layers = init.layers
     if layers == "auto":
         layers = "file" if init.encoder else "unet" if config.token_dim == base.context_dim else "random"

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
+from ..files import PRECISIONS
 from . import checkpoints
 from .base import BaseModel, load_base
 from .config import TrainingConfig
@@ -38,9 +39,6 @@ from .objective import denoising_loss, make_optimiser
 from .samples import write_samples
 
 log = logging.getLogger(__name__)
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OF_PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Positions(Sampler[list[int]]):
@@ -95,8 +93,8 @@ def accelerated(config: TrainingConfig) -> Iterator[Accelerator]:
 def frozen_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """The type of the frozen weights: what the config says, else the precision's, but fp32 on a CPU."""
     if config.base.dtype != "auto":
-        return _DTYPES[config.base.dtype]
-    return torch.float32 if device.type == "cpu" else _OF_PRECISION[config.precision]
+        return getattr(torch, config.base.dtype)
+    return torch.float32 if device.type == "cpu" else PRECISIONS[config.precision]
 
 
 def prepare(config: TrainingConfig, accelerator: Accelerator, base: BaseModel | None, data: Any | None) -> Run:

@@ -167,7 +167,7 @@ def nested_encoder() -> NestedEncoder:
         widths=(320,) * 70,
         resampler=ResamplerShape(dim=512, depth=2, heads=8, dim_head=64, ff_mult=2),
     )
-    encoder = NestedEncoder.from_config(config, device="meta")
+    encoder = NestedEncoder(config, device="meta")
     encoder.load_state_dict(randomise(encoder.state_dict()), assign=True)
     return encoder.eval().requires_grad_(False)
 

@@ -27,9 +27,7 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.supported_models
-import comfy.utils
 import torch
-from diffusers import UNet2DConditionModel
 
 from . import random_models
 from .paths import REPO
@@ -172,7 +170,7 @@ def make_encoder(
         ),
     )
     dtype = dtype or torch.float32
-    module = pack.encoder.NestedEncoder.from_config(config, operations=comfy.ops.manual_cast, dtype=dtype)
+    module = pack.encoder.NestedEncoder(config, operations=comfy.ops.manual_cast, dtype=dtype)
     module.load_state_dict(random_models.randomise(module.state_dict(), seed, dtype))
     module = module.eval().requires_grad_(False)
     patcher = comfy.model_patcher.CoreModelPatcher(
@@ -227,37 +225,6 @@ class Studio:
         node = self.pack.nodes["NestedEncodeSubject"]
         image = self.photo.roll(view * 40, 2)
         return node.execute(encoder or self.encoder, self.clip_vision, image, placeholder, class_word, "crop")[0]
-
-    def diffusers_unet(self) -> Any:
-        """diffusers' U-Net with the weights of this model, which must have one width on every level."""
-        sdxl = self.family == "sdxl"
-        assert not self.tapered
-        cross, plain = "CrossAttn{}Block2D", "{}Block2D"
-        kinds = [plain, cross, cross] if sdxl else [cross, cross, cross, plain]
-        config = self.model.model.model_config.unet_config
-        options: dict[str, Any] = (
-            dict(
-                transformer_layers_per_block=[1, 2, 10],
-                attention_head_dim=self.channels // 64,
-                use_linear_projection=True,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=2816,
-            )
-            if sdxl
-            else dict(attention_head_dim=8)
-        )
-        unet: Any = UNet2DConditionModel(
-            block_out_channels=(self.channels,) * len(kinds),
-            down_block_types=[k.format("Down") for k in kinds],
-            up_block_types=[k.format("Up") for k in reversed(kinds)],
-            cross_attention_dim=config["context_dim"],
-            **options,
-        )
-        theirs, ours = self.model.model.diffusion_model.state_dict(), unet.state_dict()
-        names = comfy.utils.unet_to_diffusers(config)  # names more layers than this U-Net has
-        unet.load_state_dict({new: theirs[old] for new, old in names.items() if new in ours})
-        return unet.eval()
 
     def apply(self, subject: Any = None, model: Any = None, clip: Any = None, **inputs: Any) -> Any:
         """(model, clip) after Apply Subject; its inputs have their defaults unless given."""

@@ -115,7 +115,7 @@ def test_the_archive_has_what_users_need_and_nothing_of_the_developers(archive):
     for needed in ("web/docs/NestedApplySubject.md", "web/docs/images/NestedApplySubject.jpg",
                    "workflows/first_portrait.json", "workflows/first_portrait.jpg",
                    "workflows/api/first_portrait.json", "locales/ja/nodeDefs.json",
-                   "nested_core/training/configs/small_world.yaml"):  # fmt: skip
+                   "nested_core/training/configs/sdxl.yaml"):  # fmt: skip
         assert needed in names
     assert archive.stat().st_size < 3e6
 

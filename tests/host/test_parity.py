@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from kit.twin import diffusers_unet
 from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
 from nested_core.hosts.diffusers import BoundSubject, nested_attention
 
@@ -48,7 +49,7 @@ def test_predicted_noise_agrees(request, family, count):
         config = subject.encoder.config
         fields = {k: getattr(config, k) for k in config.__dataclass_fields__ if k != "resampler"}
         shape = ResamplerShape(**{k: getattr(config.resampler, k) for k in config.resampler.__dataclass_fields__})
-        module = NestedEncoder.from_config(EncoderConfig(**fields, resampler=shape))
+        module = NestedEncoder(EncoderConfig(**fields, resampler=shape))
         module.load_state_dict(subject.encoder.module.state_dict())
         bound.append(
             BoundSubject(
@@ -62,7 +63,7 @@ def test_predicted_noise_agrees(request, family, count):
                 alpha=knob.get("identity"),
             )
         )
-    unet = studio.diffusers_unet()
+    unet = diffusers_unet(studio)
     before = copy.copy(unet.attn_processors)
     extra = {}
     if family == "sdxl":

@@ -86,7 +86,7 @@ def nested_encoder(seed: int) -> Any:
         title=f"small world {seed}",
         resampler=ResamplerShape(dim=64, depth=1, heads=2, dim_head=32, ff_mult=2),
     )
-    encoder = NestedEncoder.from_config(config)
+    encoder = NestedEncoder(config)
     encoder.load_state_dict(random_models.randomise(encoder.state_dict(), seed))
     return encoder.eval().requires_grad_(False)
 

@@ -21,6 +21,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from kit.twin import diffusers_unet
 from nested_core.checkpoint import load_encoder
 from nested_core.training import (
     BaseModel,
@@ -65,7 +66,7 @@ def base_of(studio):
     pipeline = StableDiffusionXLPipeline(
         AutoencoderTiny(), text(CLIPTextModel, clip.clip_l, 768, "quick_gelu"),
         text(CLIPTextModelWithProjection, clip.clip_g, 1280, "gelu"), tokenizer("<|endoftext|>"), tokenizer("!"),
-        studio.diffusers_unet(), scheduler,
+        diffusers_unet(studio), scheduler,
     )  # fmt: skip
     tower = CLIPVisionModelWithProjection(
         CLIPVisionConfig(

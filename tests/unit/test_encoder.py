@@ -28,7 +28,7 @@ TINY_POOLED = EncoderConfig(
 
 
 def test_defaults_are_the_public_release() -> None:
-    release = NestedEncoder.from_config(EncoderConfig(), device="meta")
+    release = NestedEncoder(EncoderConfig(), device="meta")
     assert sum(parameter.numel() * 4 for parameter in release.parameters()) == pytest.approx(2.037e9, rel=5e-4)
     assert len(release.to_k) == len(release.to_v) == 70
     assert [linear.out_features for linear in release.to_k] == list(SDXL.widths())
@@ -36,7 +36,7 @@ def test_defaults_are_the_public_release() -> None:
 
 
 def test_features_to_tokens_to_keys_and_values() -> None:
-    encoder = NestedEncoder.from_config(TINY)
+    encoder = NestedEncoder(TINY)
     tokens = encoder.encode(torch.randn(2, 7, 24))
     assert tokens.shape == (2, 5, 16)
     for layer, width in enumerate(TINY.widths):
@@ -47,19 +47,19 @@ def test_features_to_tokens_to_keys_and_values() -> None:
 
 
 def test_pooled_encoder() -> None:
-    encoder = NestedEncoder.from_config(TINY_POOLED)
+    encoder = NestedEncoder(TINY_POOLED)
     tokens = encoder.encode(torch.randn(2, 24))
     assert tokens.shape == (2, 4, 16)
     assert encoder.keys_values(tokens, 15)[1].shape == (2, 4, 16)
 
 
 def test_dtype_and_operations_reach_every_weight() -> None:
-    encoder = NestedEncoder.from_config(TINY, dtype=torch.bfloat16)
+    encoder = NestedEncoder(TINY, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.bfloat16}
 
 
 def test_state_dict_names() -> None:
-    names = set(NestedEncoder.from_config(TINY_POOLED).state_dict())
+    names = set(NestedEncoder(TINY_POOLED).state_dict())
     layers = {f"to_{side}.{i}.weight" for side in "kv" for i in range(16)}
     projection = {f"resampler.{m}.{p}" for m in ("proj", "norm") for p in ("weight", "bias")}
     assert names == layers | projection
@@ -71,18 +71,18 @@ def test_state_dict_names() -> None:
         (TINY, (1, 7, 1664), r"penultimate features.*\(images, tokens, 24\); got \(1, 7, 1664\).*like CLIP ViT-bigG"),
         (TINY, (1, 24), r"\(images, tokens, 24\); got \(1, 24\)\. Load"),
         (TINY, (), r"got \(\)\. Load"),
-        (TINY_POOLED, (1, 768), r"pooled features.*\(images, 24\); got \(1, 768\), which looks like CLIP ViT-B"),
+        (TINY_POOLED, (1, 768), r"pooled features.*\(images, 24\); got \(1, 768\), which looks like CLIP ViT-L/14"),
         (TINY_POOLED, (1, 257, 24), r"\(images, 24\); got \(1, 257, 24\)\. Load the CLIP vision model"),
     ],
 )
 def test_features_of_another_tower_are_refused(config: EncoderConfig, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(NestedAttentionError, match=message):
-        NestedEncoder.from_config(config).encode(torch.zeros(shape))
+        NestedEncoder(config).encode(torch.zeros(shape))
 
 
 def test_tokens_of_another_encoder_are_refused() -> None:
     with pytest.raises(NestedAttentionError, match=r"\(batch, tokens, 16\); got \(1, 4, 768\)"):
-        NestedEncoder.from_config(TINY).keys_values(torch.zeros(1, 4, 768), 0)
+        NestedEncoder(TINY).keys_values(torch.zeros(1, 4, 768), 0)
 
 
 def test_empty_widths_are_the_published_ones() -> None:

@@ -114,13 +114,13 @@ def test_a_file_is_held_once(tmp_path: Path, kind: str) -> None:
         torch.save(made, path, _use_new_zipfile_serialization=kind == "zip")
     code = """
 import re, sys
-from nested_core.checkpoint import cast
+from nested_core.checkpoint import cast_weights
 from nested_core.files import open_weights, torch
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 before = peak()
 content = open_weights(sys.argv[1]).read()
 read = peak()
-cast(content, torch.float16, None, "")
+cast_weights(content, torch.float16, None, "")
 print(read - before, peak() - before)
 """
     ran = run(code, path)

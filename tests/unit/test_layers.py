@@ -1,5 +1,7 @@
 """The layer table, against diffusers' U-Net and diffusers' own conversion of original checkpoints."""
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -7,16 +9,20 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
+from demo import FAMILY as SMALL_WORLD
 from nested_core.errors import NestedAttentionError
 from nested_core.layers import (
     DIFFUSERS_ORDER,
     EXECUTION_ORDER,
-    FAMILIES,
+    PUBLISHED,
     SD15,
     SDXL,
     Family,
     compress,
+    described_family,
     family_of,
+    family_with,
+    register,
     unet_layers,
 )
 
@@ -46,10 +52,11 @@ UNETS = {
     },
 }
 BLOCKS = {"sdxl": (9, 9), "sd15": (12, 12), "small_world": (4, 4)}
-every = pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+KNOWN = [SDXL, SD15, SMALL_WORLD]
+every = pytest.mark.parametrize("family", KNOWN, ids=lambda family: family.name)
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=[family.name for family in KNOWN])
 def family_and_unet(request: pytest.FixtureRequest) -> tuple[Family, UNet2DConditionModel]:
     with torch.device("meta"):
         return family_of(request.param), UNet2DConditionModel(**UNETS[request.param])
@@ -157,6 +164,37 @@ def test_levels_of_published_widths_are_the_published_ones() -> None:
 def test_unknown_family_is_refused() -> None:
     with pytest.raises(NestedAttentionError, match=r'Unknown base model family "flux".*"sdxl" \(SDXL\), "sd15"'):
         family_of("flux")
+
+
+def test_a_family_of_ones_own_is_registered_once_and_by_one() -> None:
+    assert register(SMALL_WORLD) is SMALL_WORLD and family_of("small_world") is SMALL_WORLD
+    assert "small_world" not in PUBLISHED
+    with pytest.raises(NestedAttentionError, match='another base model family of the name "sdxl"'):
+        register(replace(SD15, name="sdxl"))
+    assert family_of("sdxl") is SDXL
+
+
+def test_a_described_family_is_checked() -> None:
+    said = {**asdict(SMALL_WORLD), "channels": list(SMALL_WORLD.channels)}
+    assert described_family(said) == SMALL_WORLD
+    for change, words in (
+        ({"depth_down": [1]}, "one entry per level"),
+        ({"context_dim": "128"}, "should be whole numbers"),
+        ({"colour": 1}, "is described by channels, context_dim"),
+    ):
+        with pytest.raises(NestedAttentionError, match=words):
+            described_family({**said, **change})
+    with pytest.raises(NestedAttentionError, match=r"is described by .*; got \[\]"):
+        described_family([])
+
+
+@every
+def test_a_family_is_known_by_its_layers_and_its_text(family: Family) -> None:
+    layers = family.layers()
+    for names in ([layer.diffusers for layer in layers], [layer.block for layer in layers]):
+        assert family_with(names, family.context_dim) is family
+        assert family_with(names[1:], family.context_dim) is None
+        assert family_with(names, 1) is None
 
 
 def test_levels_must_agree() -> None:

@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+import demo
 from nested_core import training
 from nested_core.checkpoint import load_encoder, read_encoder
 from nested_core.errors import NestedAttentionError
@@ -55,7 +56,7 @@ from nested_core.training import (
     train,
 )
 from nested_core.training.__main__ import main, make_parser
-from nested_core.training.base import load_vision
+from nested_core.training.base import load_base, load_vision
 from nested_core.training.examples import Collate, Draws, rng_of
 from nested_core.training.frozen import FrozenEncoders, make_cache
 from nested_core.training.initial import make_encoder
@@ -63,6 +64,9 @@ from nested_core.training.model import SubjectDenoiser
 from nested_core.training.report import dry_run
 
 torch.set_num_threads(2)
+
+DEMO = Path(demo.__file__).parent
+CONFIGS = Path(training.__file__).parent / "configs"
 
 
 def tokenizer():
@@ -470,7 +474,7 @@ def folders(small, tmp_path):
         place.with_suffix(".txt").write_text("a <subject> on grass\na dog")
     lines = {
         "output": tmp_path / "run", "steps": 2, "batch_size": 1, "cpu": "true", "workers": 0, "precision": "fp32",
-        "base": {"model": tmp_path / "base", "vision": tmp_path / "vision"},
+        "base": {"model": tmp_path / "base", "vision": tmp_path / "vision", "family": DEMO / "family.json"},
         "data": {"folders": f"[{tmp_path / 'pets'}]", "class_word": "dog", "resolution": 64},
         "encoder": {"tokens": 4, "dim": 32, "depth": 1, "heads": 1, "dim_head": 32},
     }  # fmt: skip
@@ -485,12 +489,22 @@ def folders(small, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd15", "small_world"])
-def test_shipped_configs_are_valid(name):
-    file = Path(training.__file__).parent / "configs" / f"{name}.yaml"
+@pytest.mark.parametrize("file", [CONFIGS / "sdxl.yaml", CONFIGS / "sd15.yaml", DEMO / "encoder.yaml"])
+def test_shipped_configs_are_valid(file):
     parser = make_parser()
     made = parser.instantiate(parser.parse_args(["--config", str(file)]))
-    assert made["output"] == f"runs/{name}" and made["init"].layers == "unet"
+    assert made["output"].startswith("runs/") and made["init"].layers == "unet"
+
+
+def test_a_family_file_that_says_nothing_of_use(tmp_path):
+    file = tmp_path / "family.json"
+    for content, words in (
+        ("{", "does not describe a base model family"),
+        ('{"name": "mine"}', "is described by channels"),
+    ):
+        file.write_text(content)
+        with pytest.raises(NestedAttentionError, match=words):
+            load_base(training.BaseConfig(model="base", vision="vision", family=str(file)))
 
 
 def test_the_command_line_trains(folders, capsys):

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.supported_models
 import torch
 from torch import Tensor
 
 from ...checkpoint import load_encoder
 from ...errors import NestedAttentionError
-from ...layers import FAMILIES, CrossAttentionLayer, Family, family_of
+from ...layers import CrossAttentionLayer, Family, described_family, family_of, family_with, register
+from ...towers import of_width
 from .values import HostEncoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ...encoder import Overrides
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +32,23 @@ _FEATURES = {
     "last": "last_hidden_state",
     "pooled": "image_embeds",
 }
-_TOWERS = "width 1280 is CLIP ViT-H/14 (the one that IP-Adapter uses), 1024 is CLIP ViT-L/14"
-_POOLED_TOWERS = "width 1024 is CLIP ViT-H/14 (the one that IP-Adapter uses), 768 is CLIP ViT-L/14"
 
 
-def load_host_encoder(path: str, name: str, **overrides: Any) -> HostEncoder:
-    """Read an encoder file into a patcher. `overrides`: image_features, value_norm, alpha, pooled; None is the file's.
+def learn_families() -> None:
+    """Registers the families of base models that other node packs have added to the host.
+
+    Such a pack says on its model class what its U-Net is: `nested_attention_family`, as `described_family` reads it.
+
+    Raises NestedAttentionError for one that says it wrongly.
+    """
+    for kind in comfy.supported_models.models:
+        described = getattr(kind, "nested_attention_family", None)
+        if described is not None:
+            register(described_family(described))
+
+
+def load_host_encoder(path: str, name: str, **overrides: Unpack[Overrides]) -> HostEncoder:
+    """An encoder file in a patcher. `name` is how the user knows it.
 
     Raises NestedAttentionError as `nested_core.checkpoint.read_encoder` does.
     """
@@ -40,6 +59,7 @@ def load_host_encoder(path: str, name: str, **overrides: Any) -> HostEncoder:
         dtype = torch.bfloat16
     else:
         dtype = torch.float32
+    learn_families()
     module = load_encoder(path, operations=comfy.ops.manual_cast, dtype=dtype, **overrides)
     # The host's own choice of patcher: with dynamic VRAM, weights come to the device as they are used.
     patcher = comfy.model_patcher.CoreModelPatcher(
@@ -58,10 +78,11 @@ def vision_features(encoder: HostEncoder, clip_vision: Any, images: Tensor) -> T
     expected, got = encoder.config.feature_dim, features.shape[-1]
     if got != expected:
         pooled = encoder.config.image_features == "pooled"
+        wanted, came = of_width(expected, pooled), of_width(got, pooled)
         raise NestedAttentionError(
             f"The encoder {encoder.name} reads {'pooled embeddings' if pooled else 'vision features'} of width "
-            f"{expected}, this CLIP vision model gives {got}. Load the vision model that the encoder was trained "
-            f"with: {_POOLED_TOWERS if pooled else _TOWERS}."
+            f"{expected}{f' ({wanted})' if wanted else ''}, this CLIP vision model gives {got}"
+            f"{f' ({came})' if came else ''}. Load the vision model that the encoder was trained with."
         )
     return features
 
@@ -92,13 +113,10 @@ def unet_layers_of(model: comfy.model_patcher.ModelPatcher) -> tuple[Family, tup
                     if attn2 is not None:
                         present[kind, number, i] = (attn2.to_q.out_features, attn2.to_k.in_features)
     text_width = {width for _, width in present.values()}
-    for family in FAMILIES.values():
-        layers = family.layers()
-        if {layer.block for layer in layers} == set(present) and text_width == {family.context_dim}:
-            return family, tuple(
-                CrossAttentionLayer(layer.index, layer.diffusers, layer.block, present[layer.block][0])
-                for layer in layers
-            )
+    learn_families()
+    family = family_with(present, *text_width) if len(text_width) == 1 else None
+    if family is not None:
+        return family, tuple(replace(layer, width=present[layer.block][0]) for layer in family.layers())
     found = f"{len(present)} cross-attention layers" if present else "no U-Net cross-attention"
     reads = f" reading text of width {', '.join(map(str, sorted(text_width)))}" if text_width else ""
     raise NestedAttentionError(
