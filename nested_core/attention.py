@@ -237,6 +237,39 @@ def _fitting(x: Tensor, like: Tensor) -> Tensor:
     return x if x.dtype == like.dtype else x.clamp(max=torch.finfo(like.dtype).max).to(like.dtype)
 
 
+def _raised(
+    q: Tensor,
+    keys: Tensor,
+    terms: Sequence[NestedTerm],
+    factors: Sequence[Tensor | None],
+    places: Tensor,
+    prob: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The outer attention with the subjects' logits raised by their focus: (a'_s of the bound places (B, Q, H, P),
+    r (B, Q, H, 1), by which every other token's probability shrinks).
+
+    keys: K at the bound places (B, P, C). prob: a_s (B, Q, H, P). factors: as of `_where_they_act`.
+    """
+    heads = prob.shape[2]
+    prob = prob.to(_statistics(q))
+    qh, kh = (x.to(prob.dtype).unflatten(-1, (heads, -1)) for x in (q, keys))
+    logits = torch.einsum("bqhd,bphd->bqhp", qh, kh) * qh.shape[-1] ** -0.5  # l_s
+    if places.ndim == 2:
+        logits = logits.masked_fill((places < 0)[:, None, None], 0)
+    parts = logits.split([term.places.shape[-1] for term in terms], dim=-1)
+    raises = torch.cat(
+        [
+            max(term.strength, 0.0) * (1 if at is None else at) * torch.relu((term.focus - 1) * part)
+            for term, at, part in zip(terms, factors, parts, strict=True)
+        ],
+        dim=-1,
+    ).masked_fill(prob == 0, 0)  # Δ_s; what has no probability can't be raised
+    most = raises.amax(-1, keepdim=True)
+    gain, same = torch.exp(raises - most), torch.exp(-most)  # e^Δ_s and 1, over e^most: those overflow
+    whole = same + (prob * (gain - same)).sum(-1, keepdim=True)
+    return prob * gain / whole, same / whole
+
+
 def nested_delta(
     q: Tensor,
     k: Tensor,
@@ -277,32 +310,14 @@ def nested_delta(
     total = torch.zeros_like(q) if into is None else into
     by_head = total.unflatten(-1, (heads, -1))  # (B, Q, H, d)
     factors = _where_they_act(terms, prob.split(counts, dim=-1))
-
-    if all(term.focus == 1 for term in terms):
-        raised = prob
-    else:
-        prob = prob.to(_statistics(q))
-        qh, kh = (x.to(prob.dtype).unflatten(-1, (heads, -1)) for x in (q, _at(k, places)))
-        logits = torch.einsum("bqhd,bphd->bqhp", qh, kh) * qh.shape[-1] ** -0.5  # l_s
-        if places.ndim == 2:
-            logits = logits.masked_fill((places < 0)[:, None, None], 0)
-        raises = torch.cat(
-            [
-                max(term.strength, 0.0) * (1 if at is None else at) * torch.relu((term.focus - 1) * part)
-                for term, at, part in zip(terms, factors, logits.split(counts, dim=-1), strict=True)
-            ],
-            dim=-1,
-        ).masked_fill(prob == 0, 0)  # Δ_s; what has no probability can't be raised
-        most = raises.amax(-1, keepdim=True)
-        gain, same = torch.exp(raises - most), torch.exp(-most)  # e^Δ_s and 1, over e^most: those overflow
-        whole = same + (prob * (gain - same)).sum(-1, keepdim=True)
-        r, raised = same / whole, prob * gain / whole  # r and a'_s
+    if any(term.focus != 1 for term in terms):
         own = attend(q, k, v, heads, None).unflatten(-1, (heads, -1))
-        by_head.addcmul_(own, _fitting(r - 1, q))
-        louder = _fitting(raised - r * prob, q)  # what the raised logit alone adds of V[s]
+        raised, rest = _raised(q, _at(k, places), terms, factors, places, prob)
+        by_head.addcmul_(own, _fitting(rest - 1, q))
+        louder = _fitting(raised - rest * prob, q)  # what the raised logit alone adds of V[s]
         for p in range(places.shape[-1]):
             by_head.addcmul_(replaced[:, p, None], louder[..., p, None])
-
+        prob = raised
     start = 0
     for term, at, count in zip(terms, factors, counts, strict=True):
         here = slice(start, start + count)
@@ -313,7 +328,7 @@ def nested_delta(
             mask = term.log_weights.to(q.dtype)
             mask = (mask if mask.ndim == 1 else mask[:, None]).expand(q.shape[0], q.shape[1], -1)
         nested = attend(q, key, value, heads, mask).unflatten(-1, (heads, -1))  # (1), (B, Q, H, d)
-        share = raised[..., here] if at is None else raised[..., here] * at  # a'_s, where the subject acts
+        share = prob[..., here] if at is None else prob[..., here] * at  # a'_s, where the subject acts
         by_head.addcmul_(nested, _fitting(_rescaled(term, share, nested, replaced[:, here]), q), value=term.strength)
         share = _fitting(share, q)
         for p in range(count):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from typing import Any
 
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..nested_core.attention import VALUE_NORMS, ValueNorm
+from ..nested_core.attention import VALUE_NORMS
 from ..nested_core.errors import NestedAttentionError
 from ..nested_core.hosts.comfy.apply import apply_subject
 from ..nested_core.hosts.comfy.unet import unet_layers_of
@@ -42,41 +42,27 @@ def check_window(start: float, end: float) -> None:
         )
 
 
-def _apply(
+def _applied(
     model: Any,
     clip: Any,
     subject: HostSubject,
-    strength: float,
-    start_percent: float,
-    end_percent: float,
     mask: torch.Tensor | None,
-    identity: float = 0.0,
-    focus: float = 1.0,
-    value_norm: str = _ENCODERS_OWN,
     layer_weights: str = "",
-    when_unmentioned: str = "stop",
-    separation: float = 0.0,
+    **knobs: Any,
 ) -> io.NodeOutput:
+    """MODEL and CLIP with the subject; `knobs` are fields of `Application`."""
     if clip is None:
         raise NestedAttentionError(
             "The clip input is empty: this checkpoint has no text encoder. Load one with DualCLIPLoader and connect it."
         )
-    check_window(start_percent, end_percent)
-    config = subject.encoder.config
-    word = subject.subject
+    check_window(knobs["start"], knobs["end"])
+    config, word = subject.encoder.config, subject.subject
     application = Application(
         source=subject,
         placeholder=Placeholder(word.placeholder, word.class_word, config.pooled == "placeholder"),
-        strength=strength,
-        start=start_percent,
-        end=end_percent,
-        alpha=identity or config.alpha,
-        value_norm=cast(ValueNorm, config.value_norm if value_norm == _ENCODERS_OWN else value_norm),
-        focus=focus,
         mask=_checked_mask(mask),
         layer_weights=parse_layer_weights(layer_weights, unet_layers_of(model)[1]),
-        skip_unmentioned=when_unmentioned == "skip",
-        separation=separation,
+        **{"alpha": config.alpha, "value_norm": config.value_norm, **knobs},
     )
     return io.NodeOutput(*apply_subject(model, clip, application))
 
@@ -121,6 +107,51 @@ def _mask_input() -> Any:
     )
 
 
+def _knobs() -> list[Any]:
+    """What only the advanced node has, but for `separation`."""
+    return [
+        io.Float.Input(
+            "identity",
+            display_name="identity (0 = auto)",
+            default=0.0,
+            min=0.0,
+            max=20.0,
+            step=0.05,
+            tooltip="Alpha, how loud the subject's values are. Higher: more likeness, less prompt. 0: the "
+            "encoder's own (2 for the public one).",
+        ),
+        io.Float.Input(
+            "focus",
+            default=1.0,
+            min=1.0,
+            max=10.0,
+            step=0.05,
+            tooltip="How much the picture looks at the subject's word. 1: as the prompt has it. Above: more, "
+            "where it already looks there.",
+        ),
+        io.Combo.Input(
+            "value_norm",
+            options=[_ENCODERS_OWN, *VALUE_NORMS],
+            default=_ENCODERS_OWN,
+            tooltip="How the subject's values are scaled: match (like the word they replace, times alpha), "
+            "match_per_head (the same within each head), unit (alpha itself), none (identity is unused then).",
+        ),
+        io.String.Input(
+            "layer_weights",
+            default="",
+            tooltip="Factor on the strength per part of the model: output=0.5, middle=0, input.4-5=1.2, "
+            "output.0.0-4=0. Later entries win; what is not named keeps 1.",
+        ),
+        io.Combo.Input(
+            "when_unmentioned",
+            options=["stop", "skip"],
+            default="stop",
+            tooltip="When no positive prompt has the placeholder. stop: end the run with a message. skip: go "
+            "on without it (it still acts in a negative prompt that mentions it).",
+        ),
+    ]
+
+
 def _outputs() -> list[Any]:
     return [
         io.Model.Output(display_name="model", tooltip="For the sampler or the next Apply Subject."),
@@ -155,7 +186,7 @@ class NestedApplySubject(io.ComfyNode):
         end_percent: float,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        return _apply(model, clip, subject, strength, start_percent, end_percent, mask)
+        return _applied(model, clip, subject, mask, strength=strength, start=start_percent, end=end_percent)
 
 
 class NestedApplySubjectAdvanced(io.ComfyNode):
@@ -169,45 +200,7 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
             search_aliases=["nested attention", "subject", "identity", "layer weights", "ipadapter"],
             inputs=[
                 *_common_inputs(),
-                io.Float.Input(
-                    "identity",
-                    display_name="identity (0 = auto)",
-                    default=0.0,
-                    min=0.0,
-                    max=20.0,
-                    step=0.05,
-                    tooltip="Alpha, how loud the subject's values are. Higher: more likeness, less prompt. 0: the "
-                    "encoder's own (2 for the public one).",
-                ),
-                io.Float.Input(
-                    "focus",
-                    default=1.0,
-                    min=1.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How much the picture looks at the subject's word. 1: as the prompt has it. Above: more, "
-                    "where it already looks there.",
-                ),
-                io.Combo.Input(
-                    "value_norm",
-                    options=[_ENCODERS_OWN, *VALUE_NORMS],
-                    default=_ENCODERS_OWN,
-                    tooltip="How the subject's values are scaled: match (like the word they replace, times alpha), "
-                    "match_per_head (the same within each head), unit (alpha itself), none (identity is unused then).",
-                ),
-                io.String.Input(
-                    "layer_weights",
-                    default="",
-                    tooltip="Factor on the strength per part of the model: output=0.5, middle=0, input.4-5=1.2, "
-                    "output.0.0-4=0. Later entries win; what is not named keeps 1.",
-                ),
-                io.Combo.Input(
-                    "when_unmentioned",
-                    options=["stop", "skip"],
-                    default="stop",
-                    tooltip="When no positive prompt has the placeholder. stop: end the run with a message. skip: go "
-                    "on without it (it still acts in a negative prompt that mentions it).",
-                ),
+                *_knobs(),
                 _mask_input(),
                 # Last, and optional: graphs of before it keep opening.
                 io.Float.Input(
@@ -242,18 +235,19 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
         mask: torch.Tensor | None = None,
         separation: float = 0.0,
     ) -> io.NodeOutput:
-        return _apply(
+        config = subject.encoder.config
+        return _applied(
             model,
             clip,
             subject,
-            strength,
-            start_percent,
-            end_percent,
             mask,
-            identity,
-            focus,
-            value_norm,
             layer_weights,
-            when_unmentioned,
-            separation,
+            strength=strength,
+            start=start_percent,
+            end=end_percent,
+            alpha=identity or config.alpha,
+            focus=focus,
+            value_norm=config.value_norm if value_norm == _ENCODERS_OWN else value_norm,
+            skip_unmentioned=when_unmentioned == "skip",
+            separation=separation,
         )

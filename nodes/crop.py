@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..nested_core.images import align_face, crop_to_subject
+from ..nested_core.faces import align_face
+from ..nested_core.images import crop_to_subject
 from .types import CATEGORY, FaceLandmarks
 
 

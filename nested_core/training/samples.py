@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +38,7 @@ def write_samples(run: Run, step: int) -> Path:
     path = Path(config.output) / "samples" / f"step-{step:08}.png"
     grid = _write_grid(rows, columns + 1 + config.samples.seeds, path)
     for tracker in run.accelerator.trackers:
-        with suppress(AttributeError):  # a tracker without pictures
-            tracker.log_images({"samples": grid[None].numpy()}, step=step)
+        tracker.log_images({"samples": grid[None].numpy()}, step=step)
     return path
 
 

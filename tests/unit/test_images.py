@@ -15,7 +15,8 @@ from skimage.transform import rotate
 from torch import Tensor
 
 from nested_core.errors import NestedAttentionError
-from nested_core.images import NEUTRAL, align_face, checked_mask, content_hash, crop_to_subject, prepare
+from nested_core.faces import align_face
+from nested_core.images import NEUTRAL, checked_mask, content_hash, crop_to_subject, prepare
 
 NEUTRAL_PIXEL = torch.tensor(NEUTRAL)
 EYE_LEFT, EYE_RIGHT = (33, 160, 158, 133, 153, 144), (362, 385, 387, 263, 373, 380)

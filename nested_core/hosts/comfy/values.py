@@ -70,10 +70,10 @@ class Application:
     end: float
     alpha: float
     value_norm: ValueNorm
-    focus: float
     mask: Tensor | None
     layer_weights: tuple[float, ...]
-    skip_unmentioned: bool
+    focus: float = 1.0
+    skip_unmentioned: bool = False
     separation: float = 0.0
     schedule: Schedule | None = None
 
