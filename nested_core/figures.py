@@ -154,7 +154,7 @@ def picture_grid(
 
 
 @dataclass(frozen=True)
-class Point:
+class PointFigure:
     """What `explain` draws.
 
     picture: (H, W, 3). at: the point in it, (x, y) from 0 to 1. name, word: the subject's placeholder and class word.
@@ -179,7 +179,7 @@ class Point:
 _PANEL, _GAP, _TITLE = 420, 28, 62
 
 
-def explain(point: Point) -> Tensor:
+def explain(point: PointFigure) -> Tensor:
     """The figure for one point of the picture (the paper's figures 4 and 5), (H, W, 3), 1372 pixels wide."""
     columns, rows = 3, 2
     sheet = Image.new(

@@ -16,7 +16,7 @@ from .attention import probabilities, scaled_dot_product, split_heads
 
 
 @dataclass(frozen=True)
-class Seen:
+class WordAttention:
     """What one layer saw of one subject in one step: the outer attention on its word.
 
     attention: (images, rows, columns), the mean over heads. first: the image it begins with. area: (h, w, y, x) of the
@@ -32,7 +32,11 @@ class Seen:
 
 
 def heat(
-    seen: Sequence[Seen], subjects: int, images: int, grid: tuple[int, int], weights: Sequence[float] | None = None
+    seen: Sequence[WordAttention],
+    subjects: int,
+    images: int,
+    grid: tuple[int, int],
+    weights: Sequence[float] | None = None,
 ) -> Tensor:
     """The mean attention on each subject's word, (S, B, *grid) in fp32; 0 where nothing was seen.
 
@@ -72,11 +76,11 @@ def masks(heats: Tensor, threshold: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Query:
+class LayerQueries:
     """What one layer asked in one step where a subject was bound, kept to look into single queries later.
 
     q: (images, Q, C) in fp16. replaced: V[s], the value of the bound token, (C,), the mean over its places. shape: rows
-    and columns of the queries. The rest is as in `Seen`.
+    and columns of the queries. The rest is as in `WordAttention`.
     """
 
     step: int

@@ -10,7 +10,7 @@ from comfy_api.v0_0_2 import io
 
 from ..nested_core.errors import NestedAttentionError
 from ..nested_core.hosts.comfy.unet import encode_tokens, vision_features
-from ..nested_core.hosts.comfy.values import HostEncoder, HostSubject, View
+from ..nested_core.hosts.comfy.values import HostEncoder, HostSubject, ReferenceView
 from ..nested_core.images import content_hash, prepare
 from ..nested_core.subject import Subject, merge_subjects, validate_class_word, validate_placeholder
 from .types import CATEGORY, NestedEncoder, NestedSubject
@@ -117,7 +117,7 @@ class NestedEncodeSubject(io.ComfyNode):
                 "image_features": encoder.config.image_features,
             },
         )
-        views = tuple(View(seen[i : i + 1], features[i : i + 1]) for i in range(len(seen)))
+        views = tuple(ReferenceView(seen[i : i + 1], features[i : i + 1]) for i in range(len(seen)))
         return io.NodeOutput(HostSubject(encoder, subject, views), seen)
 
 
@@ -169,7 +169,7 @@ class NestedMergeSubjects(io.ComfyNode):
                 ) from error
         merged = merge_subjects([h.subject for h in hosted], numbers)
         _warn_of_many_views(merged.views, merged.tokens.shape[1], hosted[0].encoder)
-        views: tuple[View, ...] = ()
+        views: tuple[ReferenceView, ...] = ()
         if all(h.views for h in hosted):  # in the order of the tokens, which those of weight 0 are not among
             views = tuple(v for h, w in zip(hosted, numbers or [1.0] * len(hosted), strict=True) if w for v in h.views)
         return io.NodeOutput(HostSubject(hosted[0].encoder, merged, views))

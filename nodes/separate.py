@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 
 from ..nested_core.hosts.comfy.apply import separate_subjects
-from ..nested_core.hosts.comfy.values import Separation
+from ..nested_core.hosts.comfy.values import Apart
 from .apply import check_window
 from .types import CATEGORY
 
@@ -59,4 +59,4 @@ class NestedSeparateSubjects(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, strength: float, start_percent: float, end_percent: float) -> io.NodeOutput:
         check_window(start_percent, end_percent)
-        return io.NodeOutput(separate_subjects(model, Separation(strength, start_percent, end_percent)))
+        return io.NodeOutput(separate_subjects(model, Apart(strength, start_percent, end_percent)))

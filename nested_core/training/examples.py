@@ -120,7 +120,7 @@ class Batch:
     names: list[str] = field(default_factory=list)
 
     @property
-    def bound_rows(self) -> int:
+    def rows_with_subjects(self) -> int:
         """How many rows have a subject."""
         return sum(stop - start for start, stop in (group.rows for group in self.groups))
 
@@ -220,13 +220,13 @@ class Collate:
         if len({tuple(example.target.shape) for example in examples}) > 1:
             sizes = ", ".join(f"{e.name or 'a picture'} {tuple(e.target.shape[:2])}" for e in examples)
             raise NestedAttentionError(f"The targets of a batch must be of one size; got {sizes}.")
-        examples = sorted(examples, key=lambda e: len(_bound(e)), reverse=True)
+        examples = sorted(examples, key=lambda e: len(_shown_subjects(e)), reverse=True)
         read = [self.read(example) for example in examples]
         references: list[Tensor] = []
         rows: list[list[tuple[list[int], list[int]]]] = []  # per row and bound subject: places and views
         for example, (_, places) in zip(examples, read, strict=True):
             rows.append([])
-            for subject in _bound(example):
+            for subject in _shown_subjects(example):
                 views = list(range(len(references), len(references) + len(subject.references)))
                 references += subject.references
                 rows[-1].append((places[subject.placeholder], views))
@@ -255,7 +255,7 @@ class Collate:
         return torch.stack(weights)
 
 
-def _bound(example: Example) -> list[ExampleSubject]:
+def _shown_subjects(example: Example) -> list[ExampleSubject]:
     return [subject for subject in example.subjects if len(subject.references)]
 
 

@@ -229,7 +229,7 @@ class Trainer:
             for batch in batches:
                 loss = self._pass(batch)
                 self.samples += config.batch_size * accelerator.num_processes
-                journal.add(loss, config.batch_size, batch.bound_rows)
+                journal.add(loss, config.batch_size, batch.rows_with_subjects)
                 if not accelerator.sync_gradients:
                     continue
                 self.step += 1

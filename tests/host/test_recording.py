@@ -40,13 +40,13 @@ def test_the_picture_stays_and_every_layer_and_step_is_kept(node, sd15, pair):
     run = recording.last()
     assert [a.placeholder.text for a in run.applications] == ["<anna>", "<ben>"]
     assert (run.images, run.grid, run.steps) == (2, (8, 8), 3)
-    kept = {(s.step, s.layer, s.subject) for s in run.seen}
-    assert len(run.seen) == len(kept) == 3 * 16 * 2
-    assert {s.attention.shape[0] for s in run.seen} == {2}
-    assert {s.attention.dtype for s in run.seen} == {torch.float16}
+    kept = {(s.step, s.layer, s.subject) for s in run.attention}
+    assert len(run.attention) == len(kept) == 3 * 16 * 2
+    assert {s.attention.shape[0] for s in run.attention} == {2}
+    assert {s.attention.dtype for s in run.attention} == {torch.float16}
     assert {q.step for q in run.queries} == {1} and len({q.layer for q in run.queries}) == 1
     # What was seen is the outer attention: of a layer, over all words, it sums to 1 at most.
-    both = sum(s.attention.float() for s in run.seen if s.layer == 0 and s.step == 0)
+    both = sum(s.attention.float() for s in run.attention if s.layer == 0 and s.step == 0)
     assert 0 < float(both.max()) <= 1.001
 
 
@@ -57,8 +57,8 @@ def test_guidance_that_calls_the_model_again_is_not_recorded_twice(node, sd15, p
     sd15.sample(node("PerturbedAttentionGuidance", model=recorded), positive, negative, size=(8, 8), steps=1)
     sd15.sample(plain, positive, negative, size=(8, 8), steps=1)
     first, other = recording.last(), alone.last()
-    assert len(first.seen) == len(other.seen) == 16 * 2
-    assert all(torch.equal(a.attention, b.attention) for a, b in zip(first.seen, other.seen, strict=True))
+    assert len(first.attention) == len(other.attention) == 16 * 2
+    assert all(torch.equal(a.attention, b.attention) for a, b in zip(first.attention, other.attention, strict=True))
 
 
 def test_prompts_of_guiders_are_told_apart_by_name(node, sd15, pair):
@@ -70,7 +70,9 @@ def test_prompts_of_guiders_are_told_apart_by_name(node, sd15, pair):
     sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([10.0, 0.0])
     latent = torch.zeros(1, 4, 8, 8)
     guider.sample(comfy.sample.prepare_noise(latent, 0), latent, sampler, sigmas, disable_pbar=True)
-    assert sorted((s.layer, s.subject) for s in recording.last().seen) == [(i, s) for i in range(16) for s in (0, 1)]
+    assert sorted((s.layer, s.subject) for s in recording.last().attention) == [
+        (i, s) for i in range(16) for s in (0, 1)
+    ]
 
 
 def test_a_run_replaces_the_last_one_and_nothing_outlives_the_recording(pack, node, sd15, pair):

@@ -11,9 +11,9 @@ from ...errors import NestedAttentionError
 from ...words import fold
 from .prompt import bind_clip
 from .recording import Recording
-from .run import KEY, RECORDING_KEY, SEPARATION_KEY, applications_of, stand_on
+from .run import APART_KEY, KEY, RECORDING_KEY, applications_of, stand_on
 from .unet import check_encoder_fits, unet_layers_of
-from .values import Application, Separation
+from .values import Apart, Application
 
 
 def apply_subject(
@@ -58,12 +58,10 @@ def adjust_subjects(
     return _with_attachment(model, KEY, changed)
 
 
-def separate_subjects(
-    model: comfy.model_patcher.ModelPatcher, separation: Separation
-) -> comfy.model_patcher.ModelPatcher:
+def separate_subjects(model: comfy.model_patcher.ModelPatcher, apart: Apart) -> comfy.model_patcher.ModelPatcher:
     """A clone of MODEL whose subjects, those before and those to come, do not look at each other in self-attention."""
     unet_layers_of(model)
-    return _with_attachment(model, SEPARATION_KEY, separation)
+    return _with_attachment(model, APART_KEY, apart)
 
 
 def record_attention(model: comfy.model_patcher.ModelPatcher, recording: Recording) -> comfy.model_patcher.ModelPatcher:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...attention import Attend, NestedTerm, nested_delta, outer_probabilities, scaled_dot_product
 from ...errors import NestedAttentionError
 from ...layers import CrossAttentionLayer
-from ...maps import Query, Seen
+from ...maps import LayerQueries, WordAttention
 from .apart import Regions, cannot_separate
 from .recording import Recorder
 from .rows import Group, Sampled, groups_of
@@ -170,13 +170,13 @@ class SubjectLayer:
             picture = sampled.picture(image + (at if isinstance(at, int) else 0))
             if not recorder.keeps(picture):
                 continue
-            recorder.note(Seen(recorder.step, self.layer, i, picture, seen[chosen], area))
+            recorder.note(WordAttention(recorder.step, self.layer, i, picture, seen[chosen], area))
             if recorder.explains(self.layer, picture):
                 index = self.step.store.places(rows, part.q.device)
                 replaced = part.v[0].index_select(0, index).float().mean(0)
                 q = part.q if isinstance(at, slice) else part.q[chosen]
                 recorder.note_query(
-                    Query(recorder.step, self.layer, i, picture, q, replaced, part.heads, part.grid, area)
+                    LayerQueries(recorder.step, self.layer, i, picture, q, replaced, part.heads, part.grid, area)
                 )
 
 

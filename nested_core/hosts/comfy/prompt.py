@@ -39,7 +39,7 @@ _STRIDE = 1 << 20
 _placeholders: list[Placeholder] = []  # what the multiples mean
 
 
-class BoundToken(int):
+class PlaceholderToken(int):
     """A token id as a text encoder has it, that knows the placeholder it came from."""
 
     placeholder: Placeholder
@@ -56,9 +56,9 @@ def _is_bound(token: Any) -> bool:
     return isinstance(token, int) and token >= _STRIDE
 
 
-def _token_of(number: int) -> BoundToken:
+def _token_of(number: int) -> PlaceholderToken:
     """Such an id as the text encoder has it."""
-    token = BoundToken(number % _STRIDE)
+    token = PlaceholderToken(number % _STRIDE)
     token.placeholder = _placeholders[number // _STRIDE - 1]
     return token
 
@@ -178,7 +178,7 @@ def _read_numbers(encoder: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None
     return [[_token_of(t) if _is_bound(t) else t for t in section] for section in sections], *others
 
 
-def _bound_rows(section: Sequence[Any], width: int) -> Iterator[tuple[int, Placeholder]]:
+def _placeholder_rows(section: Sequence[Any], width: int) -> Iterator[tuple[int, Placeholder]]:
     """Row of the text encoder's output and placeholder, for each bound token of one section of a prompt.
 
     width: of the encoder's embeddings. A textual inversion takes as many rows as it has vectors; one of another width
@@ -186,7 +186,7 @@ def _bound_rows(section: Sequence[Any], width: int) -> Iterator[tuple[int, Place
     """
     row = 0
     for token in section:
-        if isinstance(token, BoundToken):
+        if isinstance(token, PlaceholderToken):
             yield row, token.placeholder
         if isinstance(token, dict):
             token = token.get("data")
@@ -203,12 +203,12 @@ def _width(encoder: Any) -> int:
 def _mark_words(encoder: Any, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook: the encoder's text, (sections, T, C), marked where the bound tokens of its sections stand."""
     tokens = args[0]
-    if torch.is_tensor(tokens) or not any(isinstance(t, BoundToken) for section in tokens for t in section):
+    if torch.is_tensor(tokens) or not any(isinstance(t, PlaceholderToken) for section in tokens for t in section):
         return None
     text, *others = output
     marks: dict[str, Tensor] = {}
     for number, section in enumerate(tokens):
-        for row, placeholder in _bound_rows(section, _width(encoder)):
+        for row, placeholder in _placeholder_rows(section, _width(encoder)):
             if row >= text.shape[-2]:
                 raise NestedAttentionError(
                     f"The text encoder {type(encoder).__name__} made {text.shape[-2]} rows of {len(section)} tokens, "
@@ -229,7 +229,7 @@ def _pool_at_word(encoder: Any, args: tuple[Any, ...], output: Any) -> Any:
     text, pooled, *others = output
     if torch.is_tensor(tokens) or not encoder.return_projected_pooled or pooled is None:
         return None
-    row = next((row for row, p in _bound_rows(tokens[0], _width(encoder)) if p.pooled), None)
+    row = next((row for row, p in _placeholder_rows(tokens[0], _width(encoder)) if p.pooled), None)
     if row is None:
         return None
     before = (encoder.layer, encoder.layer_idx)
@@ -246,7 +246,7 @@ def _pool_at_word(encoder: Any, args: tuple[Any, ...], output: Any) -> Any:
 # --- the CLIP ---------------------------------------------------------------------------------------------------------
 
 
-class _BoundCLIP:
+class _SubjectCLIP:
     """Mixed into the class of a CLIP object: clones stay bound, also with other tokenizers and encoders inside."""
 
     nested_attention: tuple[Placeholder, ...]
@@ -335,20 +335,20 @@ class _BoundCLIP:
         return read
 
 
-_bound_classes: dict[type, type] = {}  # one per class, so that clones and their originals are of one kind
+_subject_classes: dict[type, type] = {}  # one per class, so that clones and their originals are of one kind
 
 
 def _adopt(clip: Any, placeholders: tuple[Placeholder, ...]) -> Any:
     base = type(clip)
-    if not issubclass(base, _BoundCLIP):
-        clip.__class__ = _bound_classes.setdefault(base, type(base.__name__, (_BoundCLIP, base), {}))
+    if not issubclass(base, _SubjectCLIP):
+        clip.__class__ = _subject_classes.setdefault(base, type(base.__name__, (_SubjectCLIP, base), {}))
     clip.nested_attention = placeholders
     return clip
 
 
 def bound_placeholders(clip: Any) -> tuple[Placeholder, ...]:
     """The placeholders that a CLIP binds; empty for a stock CLIP."""
-    return clip.nested_attention if isinstance(clip, _BoundCLIP) else ()
+    return clip.nested_attention if isinstance(clip, _SubjectCLIP) else ()
 
 
 def bind_clip(clip: comfy.sd.CLIP, placeholder: Placeholder) -> Any:

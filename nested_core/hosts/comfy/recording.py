@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ...errors import NestedAttentionError
-from ...figures import Point
+from ...figures import PointFigure
 from ...layers import CrossAttentionLayer
-from ...maps import Query, Seen, heat, nested_attention_of, nested_values, principal_colours
+from ...maps import LayerQueries, WordAttention, heat, nested_attention_of, nested_values, principal_colours
 from ...resampler import Resampler
 from ...words import fold
 from .values import Application
@@ -27,15 +27,15 @@ from .values import Application
 
 @dataclass
 class RecordedRun:
-    """What one run left. applications: the subjects, in the order of `Seen.subject`. grid: of the latent."""
+    """What one run left. applications: the subjects, in the order of `WordAttention.subject`. grid: of the latent."""
 
     applications: tuple[Application, ...]
     layers: tuple[CrossAttentionLayer, ...]
     images: int
     grid: tuple[int, int]
     steps: int
-    seen: list[Seen] = field(default_factory=list)
-    queries: list[Query] = field(default_factory=list)
+    attention: list[WordAttention] = field(default_factory=list)
+    queries: list[LayerQueries] = field(default_factory=list)
 
     def subject(self, placeholder: str) -> int:
         """Index of the subject with a placeholder; empty is the only one.
@@ -110,11 +110,11 @@ class Recorder:
             if (query.step, picture) in self._done
         )
 
-    def note(self, seen: Seen) -> None:
+    def note(self, seen: WordAttention) -> None:
         self._now.update((self.step, seen.first + i) for i in range(len(seen.attention)))
-        self.made.seen.append(replace(seen, attention=seen.attention.half()))
+        self.made.attention.append(replace(seen, attention=seen.attention.half()))
 
-    def note_query(self, query: Query) -> None:
+    def note_query(self, query: LayerQueries) -> None:
         """`query.q` is copied, once for all subjects of a layer."""
         last = query.first + len(query.q)
         self.made.queries = [
@@ -135,7 +135,7 @@ class Recorder:
         for query in self.made.queries:
             if id(query.q) not in moved:
                 moved[id(query.q)] = query.q.cpu()
-        self.made.seen = [replace(s, attention=s.attention.cpu()) for s in self.made.seen]
+        self.made.attention = [replace(s, attention=s.attention.cpu()) for s in self.made.attention]
         self.made.queries = [replace(q, q=moved[id(q.q)], replaced=q.replaced.cpu()) for q in self.made.queries]
         self.recording.run = self.made
 
@@ -156,9 +156,9 @@ def heats_of(run: RecordedRun, start: float, end: float, weights: Sequence[float
     Raises NestedAttentionError where no subject acted there.
     """
     last = max(1, run.steps - 1)
-    seen = [s for s in run.seen if start <= s.step / last <= end and weights[s.layer] > 0]
+    seen = [s for s in run.attention if start <= s.step / last <= end and weights[s.layer] > 0]
     if not seen:
-        steps = sorted({s.step for s in run.seen})
+        steps = sorted({s.step for s in run.attention})
         acted = f"Subjects acted in steps {steps[0] + 1} to {steps[-1] + 1} of {run.steps}" if steps else "None acted"
         raise NestedAttentionError(
             f"Nothing was recorded in this part of the sampling and these layers. {acted}. Widen start_percent, "
@@ -167,7 +167,7 @@ def heats_of(run: RecordedRun, start: float, end: float, weights: Sequence[float
     return heat(seen, len(run.applications), run.images, run.grid, weights)
 
 
-def look_into(run: RecordedRun, placeholder: str, at: tuple[float, float], index: int, picture: Tensor) -> Point:
+def look_into(run: RecordedRun, placeholder: str, at: tuple[float, float], index: int, picture: Tensor) -> PointFigure:
     """What a subject is to the query at a point of picture `index`, as `figures.explain` draws it.
 
     at: (x, y) from 0 to 1. picture: (H, W, 3).
@@ -186,23 +186,7 @@ def look_into(run: RecordedRun, placeholder: str, at: tuple[float, float], index
             if place is not None:
                 found.append((query, place))
     if not found:
-        if any(query.subject == subject for query in run.queries):
-            raise NestedAttentionError(
-                f"The point ({at[0]:g}, {at[1]:g}) is outside of the area whose prompt mentions "
-                f"{application.placeholder.text}. Take a point inside, or write the placeholder of another subject."
-            )
-        looked = sorted({f"{k}.{n}" for k, n, _ in (run.layers[i].block for i in _explained(run.layers))})
-        if not any(application.layer_weights[i] for i in _explained(run.layers)):
-            raise NestedAttentionError(
-                f"Explain Point looks into {', '.join(looked)}, where the layer_weights of "
-                f"{application.placeholder.text} are 0. Leave those layers on, or explain another subject."
-            )
-        acted = sorted({s.step + 1 for s in run.seen if s.subject == subject})
-        raise NestedAttentionError(
-            f"{application.placeholder.text} did not act in the step that Record Attention kept. It "
-            f"acted in {f'steps {acted[0]} to {acted[-1]} of {run.steps}' if acted else 'no step'}: set explain_at to "
-            "a part of the sampling where it acts."
-        )
+        raise _not_there(run, subject, at)
     source = application.source
     comfy.model_management.load_models_gpu([source.encoder.patcher])
     module, device = source.encoder.module, source.encoder.patcher.load_device
@@ -223,7 +207,7 @@ def look_into(run: RecordedRun, placeholder: str, at: tuple[float, float], index
     colours, constant = principal_colours(torch.cat(values, -1), torch.cat(constants))
     first = found[0][0]
     names = [run.layers[q.layer].block for q, _ in found]
-    return Point(
+    return PointFigure(
         picture=picture,
         at=at,
         name=application.placeholder.text,
@@ -231,14 +215,36 @@ def look_into(run: RecordedRun, placeholder: str, at: tuple[float, float], index
         values=colours.unflatten(0, shape),
         constant=constant,
         tokens=answer,
-        photos=torch.cat([view.seen for view in source.views]).cpu() if source.views else None,
+        photos=torch.cat([view.square for view in source.views]).cpu() if source.views else None,
         sources=_sources(application, answer),
         footer=f"{names[0][0]}.{names[0][1]}, {len(found)} layer{'s' * (len(found) > 1)}, step {first.step + 1} of "
         f"{run.steps}, {source.encoder.config.title}",
     )
 
 
-def _place(query: Query, at: tuple[float, float], grid: tuple[int, int]) -> int | None:
+def _not_there(run: RecordedRun, subject: int, at: tuple[float, float]) -> NestedAttentionError:
+    """Why nothing was kept of a subject at a point."""
+    application = run.applications[subject]
+    if any(query.subject == subject for query in run.queries):
+        return NestedAttentionError(
+            f"The point ({at[0]:g}, {at[1]:g}) is outside of the area whose prompt mentions "
+            f"{application.placeholder.text}. Take a point inside, or write the placeholder of another subject."
+        )
+    looked = sorted({f"{k}.{n}" for k, n, _ in (run.layers[i].block for i in _explained(run.layers))})
+    if not any(application.layer_weights[i] for i in _explained(run.layers)):
+        return NestedAttentionError(
+            f"Explain Point looks into {', '.join(looked)}, where the layer_weights of "
+            f"{application.placeholder.text} are 0. Leave those layers on, or explain another subject."
+        )
+    acted = sorted({s.step + 1 for s in run.attention if s.subject == subject})
+    return NestedAttentionError(
+        f"{application.placeholder.text} did not act in the step that Record Attention kept. It "
+        f"acted in {f'steps {acted[0]} to {acted[-1]} of {run.steps}' if acted else 'no step'}: set explain_at to "
+        "a part of the sampling where it acts."
+    )
+
+
+def _place(query: LayerQueries, at: tuple[float, float], grid: tuple[int, int]) -> int | None:
     """Index of the query at a point, or None where the point is outside of the query's area."""
     h, w, y, x = (*grid, 0, 0) if query.area is None else query.area
     row, column = (at[1] * grid[0] - y) / h, (at[0] * grid[1] - x) / w

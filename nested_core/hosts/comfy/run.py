@@ -35,10 +35,10 @@ from .store import Store
 from .text import MarkedText, mark, marks_of, plain, rows_of
 from .uncompiled import Uncompiled
 from .unet import unet_layers_of
-from .values import Application, Separation
+from .values import Apart, Application
 
 KEY = "nested_attention"
-SEPARATION_KEY = "nested_attention_separation"
+APART_KEY = "nested_attention_separation"
 RECORDING_KEY = "nested_attention_recording"
 
 log = logging.getLogger(__name__)
@@ -73,9 +73,9 @@ class _Run:
         self.asked: set[int] = set()  # applications that a text of some step mentioned while they acted
         self.reached: set[int] = set()  # those that some layer had in it
         self.unread: set[str] = set()  # placeholders in texts that a layer read in this step without us
-        self.separation: Separation | None = model.get_attachment(SEPARATION_KEY)
+        self.kept_apart: Apart | None = model.get_attachment(APART_KEY)
         self.regions: Regions | None = None
-        if self.separation is not None and self.separation.strength and len(applications) > 1:
+        if self.kept_apart is not None and self.kept_apart.strength and len(applications) > 1:
             fixed = {i: a.mask for i, a in enumerate(applications) if a.mask is not None}
             self.regions = Regions(fixed, latent, model.load_device)
         recording: Recording | None = model.get_attachment(RECORDING_KEY)
@@ -84,11 +84,11 @@ class _Run:
             self.recorder = Recorder(recording, applications, self.layers, latent)
         sampling = model.get_model_object("model_sampling")
 
-        def window(of: Application | Separation) -> tuple[float, float]:
+        def window(of: Application | Apart) -> tuple[float, float]:
             return sampling.percent_to_sigma(of.start), sampling.percent_to_sigma(of.end)
 
         self.windows = [window(a) for a in applications]
-        self.apart_window = (0.0, 0.0) if self.separation is None else window(self.separation)
+        self.apart_window = (0.0, 0.0) if self.kept_apart is None else window(self.kept_apart)
 
     def begin_step(self, timestep: Tensor, sampled: Sampled, options: Mapping[str, Any]) -> _Now | None:
         """What acts at a noise level; None where nothing does."""
@@ -316,9 +316,9 @@ class _Now:
 
     def bounded(self, options: dict[str, Any], groups: Any) -> dict[str, Any]:
         """A copy of the options with self-attention bounded in all layers that nobody else has replaced."""
-        separation = self.run.separation
-        assert self.run.regions is not None and separation is not None
-        bounds = BoundedSelfAttention(self.run.regions, separation.strength, self.apart, groups, self.run.store)
+        kept_apart = self.run.kept_apart
+        assert self.run.regions is not None and kept_apart is not None
+        bounds = BoundedSelfAttention(self.run.regions, kept_apart.strength, self.apart, groups, self.run.store)
         replaced = options.get("patches_replace", {})
         attn1 = dict(replaced.get("attn1", {}))
         for layer in self.run.layers:

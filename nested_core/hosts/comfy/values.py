@@ -31,10 +31,10 @@ class HostEncoder:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """What the encoder was shown: the square `seen` (1, S, S, 3), and its features (1, T, E) or, pooled, (1, E)."""
+class ReferenceView:
+    """What the encoder was shown: the `square` (1, S, S, 3), and its features (1, T, E) or, pooled, (1, E)."""
 
-    seen: Tensor
+    square: Tensor
     features: Tensor
 
 
@@ -48,7 +48,7 @@ class HostSubject:
 
     encoder: HostEncoder
     subject: Subject
-    views: tuple[View, ...] = ()
+    views: tuple[ReferenceView, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class Application:
 
 
 @dataclass(frozen=True)
-class Separation:
+class Apart:
     """How far the subjects of a model are kept apart: σ, within a window in percent of the noise schedule (0 to 1)."""
 
     strength: float
