@@ -211,6 +211,7 @@ class Studio:
         self.model, self.clip = make_model(family, channels, weights, tapered=tapered), make_clip(family)
         self.widths = tuple(layer.width for layer in pack.unet.unet_layers_of(self.model)[1])
         self.encoder = self.make_encoder()
+        self._subjects: dict[tuple[str, str, int], Any] = {}
 
     def make_model(self, weights: torch.dtype | None = None, compute: torch.dtype | None = None) -> Any:
         """Another MODEL of the family, in other types."""
@@ -223,11 +224,24 @@ class Studio:
     def subject(
         self, placeholder: str = "<person>", class_word: str = "person", view: int = 0, encoder: Any = None
     ) -> Any:
-        """NESTED_SUBJECT from Encode Subject; another `view` is another picture."""
+        """NESTED_SUBJECT from Encode Subject; another `view` is another picture.
+
+        One of the studio's own encoder is encoded once, as the host's cache has it: nothing can change it.
+        """
         node = self.pack.nodes["NestedEncodeSubject"]
         image = self.photo.roll(view * 40, 2)
-        return node.execute(encoder or self.encoder, self.clip_vision, image, placeholder, class_word, "crop")[0]
 
+        def encoded(by: Any) -> Any:
+            return node.execute(by, self.clip_vision, image, placeholder, class_word, "crop")[0]
+
+        if encoder is not None:
+            return encoded(encoder)
+        asked = (placeholder, class_word, view)
+        if asked not in self._subjects:
+            self._subjects[asked] = encoded(self.encoder)
+        return self._subjects[asked]
+
+    @functools.cached_property
     def diffusers_unet(self) -> Any:
         """diffusers' U-Net with the weights of this model, which must have one width on every level."""
         sdxl = self.family == "sdxl"
@@ -247,16 +261,19 @@ class Studio:
             if sdxl
             else dict(attention_head_dim=8)
         )
-        unet: Any = UNet2DConditionModel(
-            block_out_channels=(self.channels,) * len(kinds),
-            down_block_types=[k.format("Down") for k in kinds],
-            up_block_types=[k.format("Up") for k in reversed(kinds)],
-            cross_attention_dim=config["context_dim"],
-            **options,
-        )
+        with torch.device("meta"):  # no numbers for weights that are about to be replaced
+            unet: Any = UNet2DConditionModel(
+                block_out_channels=(self.channels,) * len(kinds),
+                down_block_types=[k.format("Down") for k in kinds],
+                up_block_types=[k.format("Up") for k in reversed(kinds)],
+                cross_attention_dim=config["context_dim"],
+                **options,
+            )
         theirs, ours = self.model.model.diffusion_model.state_dict(), unet.state_dict()
         names = comfy.utils.unet_to_diffusers(config)  # names more layers than this U-Net has
-        unet.load_state_dict({new: theirs[old] for new, old in names.items() if new in ours})
+        with torch.inference_mode(False):  # training takes it too
+            state = {new: theirs[old].detach().clone() for new, old in names.items() if new in ours}
+            unet.load_state_dict(state, assign=True)
         return unet.eval()
 
     def apply(self, subject: Any = None, model: Any = None, clip: Any = None, **inputs: Any) -> Any:

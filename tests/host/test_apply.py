@@ -71,13 +71,19 @@ def test_a_window_acts_in_its_steps_only(sdxl, fired):
     assert len(fired) == 2 * 70
 
 
-def test_strength_is_linear_in_the_sum_and_half_lies_between(sdxl):
-    pictures = []
-    for strength in (0.0, 0.5, 1.0):
+def test_strength_is_linear_in_the_first_layer_and_half_a_picture_lies_between(sdxl, fired):
+    """What the first layer adds is a line through 0: from there on queries differ, and the picture is none."""
+    pictures, first = {}, {}
+    for strength in (0.0, 0.25, 0.5, 1.0, 2.0):
         model, clip = sdxl.apply(sdxl.subject(), strength=strength)
-        pictures.append(sdxl.sample(model, sdxl.encode(clip, "<person>"), sdxl.encode(clip, "")))
-    zero, half, full = pictures
-    assert 0 < (half - zero).norm() < (full - zero).norm()
+        fired.clear()
+        pictures[strength] = sdxl.sample(model, sdxl.encode(clip, "<person>"), sdxl.encode(clip, ""))
+        first[strength] = fired[0].delta if fired else None
+    assert first.pop(0.0) is None
+    for strength, delta in first.items():
+        torch.testing.assert_close(delta, strength * first[1.0])
+    half, full = (pictures[strength] - pictures[0.0] for strength in (0.5, 1.0))
+    assert 0 < half.norm() < full.norm()
 
 
 def test_a_mask_of_zeros_is_the_plain_model_and_ones_is_no_mask(sdxl):
@@ -185,16 +191,10 @@ def test_separation_keeps_each_where_it_is_looked_at_more(pack, sdxl, fired):
     assert not torch.equal(pictures[0.5], pictures[1.0])
 
 
-def test_nothing_is_kept_after_a_run(pack, scene, monkeypatch, sdxl):
+def test_nothing_is_kept_after_a_run(pack, scene, watch, sdxl):
     model, _, positive, negative = scene
     runs = []
-    original = pack.store.Store._load
-
-    def load(self, *args):
-        runs.append(weakref.ref(self))
-        original(self, *args)
-
-    monkeypatch.setattr(pack.store.Store, "_load", load)
+    watch(pack.store.Store, "_load", lambda said: runs.append(weakref.ref(said["self"])))
     sdxl.sample(model, positive, negative)
     gc.collect()
     assert runs and runs[0]() is None

@@ -562,9 +562,9 @@ def test_pooled_at_placeholder_is_the_text_cut_there(pack, sdxl):
     # The same numbers from the text encoder itself: last layer, normalised, projected, at the placeholder's row.
     g = sdxl.clip.cond_stage_model.clip_g
     ids = [[int(t) for t, *_ in clip.tokenize("photo of <person>")["g"][0]]]
-    embeds, _, _, info = g.process_tokens(ids, "cpu")
+    embeds, _, _, info = g.process_tokens(ids, g.transformer.text_projection.weight.device)
     last = g.transformer(None, embeds=embeds, num_tokens=[5], dtype=torch.float32, embeds_info=info)[0]
-    torch.testing.assert_close(a, g.transformer.text_projection(last[:, 3]))
+    torch.testing.assert_close(a, g.transformer.text_projection(last[:, 3]).to(a.device))
     # Without the word, and for everything that is not pooled: as always.
     lake = sdxl.clip.encode_from_tokens(sdxl.clip.tokenize("a lake"), return_pooled=True)[1]
     assert torch.equal(pooled("a lake"), lake)

@@ -225,7 +225,9 @@ def test_training_sees_what_inference_sees(small_there, device):
     with torch.no_grad():
         with model.attached():
             got = model(latents, time, conditions([example]))
-        tokens = [model.encoder.encode(small.vision.features(s.references[0][None].to(device))) for s in example.subjects]
+        tokens = [
+            model.encoder.encode(small.vision.features(s.references[0][None].to(device))) for s in example.subjects
+        ]
         places = [range(2, 5), range(10, 16)]
         bound = [BoundSubject(model.encoder, x, list(at)) for x, at in zip(tokens, places, strict=True)]
         text = small.pipeline.encode_prompt("a dog with a old cat", device, 1, False)[0]
