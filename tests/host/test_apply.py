@@ -77,8 +77,12 @@ def test_an_empty_window_is_the_plain_model(sd15, window):
 
 def test_a_window_acts_in_its_steps_only(sd15, fired):
     model, clip = sd15.apply(sd15.subject(), start_percent=0.5)
-    sd15.sample(model, sd15.encode(clip, "<person>"), sd15.encode(clip, ""), steps=4, size=(8, 8))
-    assert len(fired) == 2 * 16
+    so_far = []  # after each step
+    sd15.sample(
+        model, sd15.encode(clip, "<person>"), sd15.encode(clip, ""), steps=4, size=(8, 8),
+        callback=lambda *_: so_far.append(len(fired)),
+    )  # fmt: skip
+    assert so_far == [0, 0, 16, 32]
 
 
 def test_strength_is_linear_in_the_first_layer_and_half_a_picture_lies_between(sd15, fired):
@@ -134,7 +138,8 @@ def test_layer_weights_silence_what_they_name(sdxl, fired):
     weights = "output=0, middle=0, input.4=0.5"
     model, clip = sdxl.apply_advanced(sdxl.subject(), layer_weights=weights)
     sdxl.sample(model, sdxl.encode(clip, "<person>"), sdxl.encode(clip, ""))
-    assert len(fired) == 24  # input 4 and 5 with 2 each, 7 and 8 with 10 each
+    # Input 4 and 5 with 2 layers each, 7 and 8 with 10 each.
+    assert [call.terms[0].strength for call in fired] == [0.5] * 2 + [1.0] * 22
 
 
 def test_advanced_with_defaults_is_the_plain_node(scene, sd15):
@@ -172,7 +177,7 @@ def test_two_subjects_act_at_their_own_words(pack, sdxl, fired):
     model, clip = both(anna, ben)
     positive, negative = sdxl.encode(clip, "<anna> and <ben>"), sdxl.encode(clip, "blurry")
     together = sdxl.sample(model, positive, negative)
-    assert [len(call.terms) for call in fired] == [2] * 70
+    assert [[term.places.tolist() for term in call.terms] for call in fired] == [[[1], [3]]] * 70
     assert torch.equal(sdxl.sample(both(ben, anna)[0], positive, negative), together)
 
     fired.clear()
@@ -181,6 +186,8 @@ def test_two_subjects_act_at_their_own_words(pack, sdxl, fired):
     conditioned = pack.host_nodes["ConditioningCombine"]().combine(alone, sdxl.encode(clip, "portrait of <ben>"))[0]
     sdxl.sample(model, conditioned, negative)
     assert [len(call.terms) for call in fired] == [1] * 140
+    assert all(call.terms[0].places.tolist() == [3] for call in fired)
+    assert len({id(call.terms[0].key) for call in fired}) == 140, "in every layer one of each subject"
     assert not torch.equal(sdxl.sample(only_anna, alone, negative), together)
 
 
