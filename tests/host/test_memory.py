@@ -34,16 +34,16 @@ def device_memory():
     return measure
 
 
-def test_twenty_runs_end_with_the_memory_they_began_with(pack, sdxl, device_memory):
+def test_twenty_runs_end_with_the_memory_they_began_with(pack, sd15, device_memory):
     """Seeds, branches, strengths, two subjects, interrupts and errors; then the first picture again."""
-    anna = sdxl.subject("<anna>", "woman")
-    ben = sdxl.subject("<ben>", "man", view=3)
-    one, clip = sdxl.apply(anna)
-    both, clip = sdxl.apply(ben, one, clip)
-    branch, _ = sdxl.apply(ben, strength=0.5)
-    masked, _ = sdxl.apply(anna, mask=torch.ones(1, 64, 64).tril())
-    idle, _ = sdxl.apply(anna, strength=0.0)
-    texts = {text: sdxl.encode(clip, text) for text in ("<anna>", "<ben> alone", "<anna> and <ben>", "blurry")}
+    anna = sd15.subject("<anna>", "woman")
+    ben = sd15.subject("<ben>", "man", view=3)
+    one, clip = sd15.apply(anna)
+    both, clip = sd15.apply(ben, one, clip)
+    branch, _ = sd15.apply(ben, strength=0.5)
+    masked, _ = sd15.apply(anna, mask=torch.ones(1, 64, 64).tril())
+    idle, _ = sd15.apply(anna, strength=0.0)
+    texts = {text: sd15.encode(clip, text) for text in ("<anna>", "<ben> alone", "<anna> and <ben>", "blurry")}
 
     def stops(*args):
         raise comfy.model_management.InterruptProcessingException
@@ -68,7 +68,7 @@ def test_twenty_runs_end_with_the_memory_they_began_with(pack, sdxl, device_memo
         if fault:
             model = model.clone()
             model.set_model_attn1_patch(fault)
-        return sdxl.sample(model, texts[text], texts["blurry"], seed=seed)
+        return sd15.sample(model, texts[text], texts["blurry"], seed=seed)
 
     first = run(*kinds[0])
     for kind in kinds[1:4]:  # what is made once: the host's caches, kernels' buffers
