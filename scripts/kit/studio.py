@@ -209,6 +209,7 @@ class Studio:
         self.model, self.clip = make_model(family, channels, weights, tapered=tapered), make_clip(family)
         self.widths = tuple(layer.width for layer in pack.unet.unet_layers_of(self.model)[1])
         self.encoder = self.make_encoder()
+        self._subjects: dict[tuple[str, str, int], Any] = {}
 
     def make_model(self, weights: torch.dtype | None = None, compute: torch.dtype | None = None) -> Any:
         """Another MODEL of the family, in other types."""
@@ -221,10 +222,22 @@ class Studio:
     def subject(
         self, placeholder: str = "<person>", class_word: str = "person", view: int = 0, encoder: Any = None
     ) -> Any:
-        """NESTED_SUBJECT from Encode Subject; another `view` is another picture."""
+        """NESTED_SUBJECT from Encode Subject; another `view` is another picture.
+
+        One of the studio's own encoder is encoded once, as the host's cache has it: nothing can change it.
+        """
         node = self.pack.nodes["NestedEncodeSubject"]
         image = self.photo.roll(view * 40, 2)
-        return node.execute(encoder or self.encoder, self.clip_vision, image, placeholder, class_word, "crop")[0]
+
+        def encoded(by: Any) -> Any:
+            return node.execute(by, self.clip_vision, image, placeholder, class_word, "crop")[0]
+
+        if encoder is not None:
+            return encoded(encoder)
+        asked = (placeholder, class_word, view)
+        if asked not in self._subjects:
+            self._subjects[asked] = encoded(self.encoder)
+        return self._subjects[asked]
 
     def apply(self, subject: Any = None, model: Any = None, clip: Any = None, **inputs: Any) -> Any:
         """(model, clip) after Apply Subject; its inputs have their defaults unless given."""

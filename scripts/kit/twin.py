@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import comfy.utils
+import torch
 from diffusers import UNet2DConditionModel
 
 from .studio import Studio
 
 
+@functools.cache
 def diffusers_unet(studio: Studio) -> Any:
     """diffusers' U-Net with the weights of a studio's model, which must have one width on every level."""
     sdxl = studio.family == "sdxl"
@@ -29,14 +32,17 @@ def diffusers_unet(studio: Studio) -> Any:
         if sdxl
         else dict(attention_head_dim=8)
     )
-    unet: Any = UNet2DConditionModel(
-        block_out_channels=(studio.channels,) * len(kinds),
-        down_block_types=[k.format("Down") for k in kinds],
-        up_block_types=[k.format("Up") for k in reversed(kinds)],
-        cross_attention_dim=config["context_dim"],
-        **options,
-    )
+    with torch.device("meta"):  # no numbers for weights that are about to be replaced
+        unet: Any = UNet2DConditionModel(
+            block_out_channels=(studio.channels,) * len(kinds),
+            down_block_types=[k.format("Down") for k in kinds],
+            up_block_types=[k.format("Up") for k in reversed(kinds)],
+            cross_attention_dim=config["context_dim"],
+            **options,
+        )
     theirs, ours = studio.model.model.diffusion_model.state_dict(), unet.state_dict()
     names = comfy.utils.unet_to_diffusers(config)  # names more layers than this U-Net has
-    unet.load_state_dict({new: theirs[old] for new, old in names.items() if new in ours})
+    with torch.inference_mode(False):  # training takes it too
+        state = {new: theirs[old].detach().clone() for new, old in names.items() if new in ours}
+        unet.load_state_dict(state, assign=True)
     return unet.eval()

@@ -5,12 +5,14 @@ Models have random weights and are small: `scripts/kit/studio.py`.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ import pytest
 import skimage.data
 import torch
 
+from kit.hosts import version_of
 from kit.inside import import_host
 
 HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
@@ -27,6 +30,8 @@ import_host(HOST, BASE)  # before anything that imports ComfyUI's modules, the t
 
 from kit import studio  # noqa: E402
 
+#: What the tests use of the host that came after its oldest version: the first of our hosts that has it
+SINCE = {"DualModelGuider": "0.30.0", "ModelPatcher.deepclone_multigpu": "0.30.0"}
 _SEEN = pytest.StashKey[list[dict[str, str]]]()
 
 
@@ -69,8 +74,8 @@ def pack() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def clip_vision():
-    """CLIP_VISION of the kind of ViT-H (hidden 1280) with three layers."""
-    return studio.make_clip_vision(num_hidden_layers=3, intermediate_size=256)
+    """CLIP_VISION of the kind of ViT-H (hidden 1280) with two layers: the last and the last but one differ."""
+    return studio.make_clip_vision(num_hidden_layers=2, intermediate_size=256)
 
 
 @pytest.fixture(scope="session")
@@ -90,15 +95,35 @@ def sd15(pack, clip_vision, photo):
 
 
 @pytest.fixture(scope="session")
-def node(pack):
+def since() -> Callable[[str], None]:
+    """since(name) skips a test in a host that is older than what the test needs of it; see `SINCE`."""
+    said = version_of(HOST)
+
+    def check(name: str) -> None:
+        first = SINCE[name]
+        # A host that does not say its version is somebody's newest.
+        if said != "unknown" and _numbers(said) < _numbers(first):
+            pytest.skip(f"{name} came with a ComfyUI after {said}, at the latest with {first}")
+
+    return check
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")[:3]]
+
+
+@pytest.fixture(scope="session")
+def node(pack, since):
     """node(id, **inputs) -> the first output of a node of the host, what is not given at its default.
 
-    where_known: inputs that older hosts do not have.
+    A node that is not there fails the test, unless it came after this host. where_known: inputs that older hosts do
+    not have.
     """
 
     def run(node_id, all_outputs=False, where_known=None, **inputs):
-        if node_id not in pack.host_nodes:
-            pytest.skip(f"this ComfyUI has no node {node_id}")
+        if node_id not in pack.host_nodes and node_id in SINCE:
+            since(node_id)
+        assert node_id in pack.host_nodes, f"ComfyUI {version_of(HOST)} has no node {node_id} (any more)"
         outputs = studio.run_node(pack.host_nodes[node_id], where_known, **inputs)
         return outputs if all_outputs else outputs[0]
 
@@ -106,15 +131,35 @@ def node(pack):
 
 
 @pytest.fixture
-def fired(pack, monkeypatch):
+def watch(monkeypatch):
+    """watch(owner, name, note) has `note` called with the arguments of every call, by name; then the call goes on.
+
+    Unlike unittest.mock's spies it keeps nothing: some tests count what is alive.
+    """
+
+    def start(owner: Any, name: str, note: Callable[[dict[str, Any]], None]) -> None:
+        original = getattr(owner, name)
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            note(signature.bind(*args, **kwargs).arguments)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    return start
+
+
+@pytest.fixture
+def fired(pack, watch):
     """One entry per layer call in which subjects act: q's and k's shape, the terms, and what they added."""
     calls = []
     original = pack.layer.nested_delta
 
-    def spy(q, k, v, heads, terms, *others, **named):
-        delta = original(q, k, v, heads, terms, *others, **{**named, "into": None})
-        calls.append(SimpleNamespace(q=q.shape, k=k.shape, terms=terms, delta=delta))
-        return original(q, k, v, heads, terms, *others, **named)
+    def note(said):
+        delta = original(**{**said, "into": None})
+        calls.append(SimpleNamespace(q=said["q"].shape, k=said["k"].shape, terms=said["terms"], delta=delta))
 
-    monkeypatch.setattr(pack.layer, "nested_delta", spy)
+    watch(pack.layer, "nested_delta", note)
     return calls

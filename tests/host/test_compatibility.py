@@ -339,7 +339,7 @@ def _controlnet(studio):
     shape = {k: v for k, v in shape.items() if k not in ("out_channels", "transformer_depth_output")}
     net = comfy.cldm.cldm.ControlNet(**shape | {"dtype": torch.float32}, operations=comfy.ops.manual_cast)
     net.load_state_dict(random_models.randomise(net.state_dict()))
-    return comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
+    return comfy.controlnet.ControlNet(net, load_device=studio.model.load_device)
 
 
 @pytest.mark.works_with("Conditioning", "ControlNet", "applied to the prompts")
@@ -379,7 +379,7 @@ def test_gligen(node, studio, fired):
         if name.endswith(("alpha_attn", "alpha_dense")):
             weights[name] = torch.tensor(0.5)
     gligen = comfy.model_patcher.ModelPatcher(
-        comfy.gligen.load_gligen(weights), load_device=torch.device("cpu"), offload_device=torch.device("cpu")
+        comfy.gligen.load_gligen(weights), load_device=studio.model.load_device, offload_device=torch.device("cpu")
     )
     model, clip = studio.apply()
     positive, negative = studio.encode(clip, "photo of <person>"), studio.encode(clip, "")
@@ -499,7 +499,7 @@ def test_inpaint_models(studio, anna, fired):
     inner = config.get_model({}, device=torch.device("cpu"))
     inner.set_inpaint()
     inner.diffusion_model.load_state_dict(random_models.randomise(inner.diffusion_model.state_dict()))
-    inpaint = comfy.model_patcher.ModelPatcher(inner, torch.device("cpu"), torch.device("cpu"))
+    inpaint = comfy.model_patcher.ModelPatcher(inner, studio.model.load_device, torch.device("cpu"))
     model, clip = studio.apply(anna, model=inpaint)
     pixels = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     values = {"concat_latent_image": pixels, "concat_mask": torch.ones(1, 1, 64, 64)}

@@ -189,8 +189,8 @@ def _by_lists(clip, text):
         except Exception:
             z, pooled = encoder(tokens.tolist())
         z.pooled = pooled
-        z = z * torch.full((1, 77), 1.1).reshape(1, 77, 1).expand(z.shape)
-        texts.append(torch.hstack([z]))
+        z = z * torch.full((1, 77), 1.1, device=z.device).reshape(1, 77, 1).expand(z.shape)
+        texts.append(torch.hstack([z]).cpu())
     return [[torch.cat(texts, dim=-1), {"pooled_output": pooled}]]
 
 
@@ -521,7 +521,7 @@ def test_windows_of_frames(pack, studio, bound, node, refused):
 
     def windowed(model):
         def windows(executor, base, conds, x, timestep, options):
-            out, count = [torch.zeros_like(x) for _ in conds], torch.zeros(len(x), 1, 1, 1)
+            out, count = [torch.zeros_like(x) for _ in conds], x.new_zeros(len(x), 1, 1, 1)
             for frames in ([0, 1, 2], [4, 3, 5], [5, 0, 1]):
                 inside = {**options["transformer_options"], "ad_params": {"sub_idxs": frames, "full_length": 6}}
                 part = executor(base, conds, x[frames], timestep[frames], {**options, "transformer_options": inside})
@@ -559,7 +559,8 @@ def test_windows_of_frames(pack, studio, bound, node, refused):
 
 def test_a_text_that_leaves_torch_while_sampling_stops_the_run(studio, bound, refused):
     def outside(apply, args):
-        c = {**args["c"], "c_crossattn": torch.from_numpy(args["c"]["c_crossattn"].numpy().copy())}
+        text = args["c"]["c_crossattn"]
+        c = {**args["c"], "c_crossattn": torch.from_numpy(text.cpu().numpy().copy()).to(text.device)}
         return apply(args["input"], args["timestep"], **c)
 
     model, clip = bound

@@ -11,7 +11,6 @@ import comfy.ldm.modules.attention as host_attention
 import comfy.model_management
 import pytest
 import torch
-from comfy.model_patcher import ModelPatcher
 
 
 def living() -> tuple[Counter, int]:
@@ -35,16 +34,16 @@ def device_memory():
     return measure
 
 
-def test_twenty_runs_end_with_the_memory_they_began_with(pack, sdxl, device_memory):
+def test_twenty_runs_end_with_the_memory_they_began_with(pack, sd15, device_memory):
     """Seeds, branches, strengths, two subjects, interrupts and errors; then the first picture again."""
-    anna = sdxl.subject("<anna>", "woman")
-    ben = sdxl.subject("<ben>", "man", view=3)
-    one, clip = sdxl.apply(anna)
-    both, clip = sdxl.apply(ben, one, clip)
-    branch, _ = sdxl.apply(ben, strength=0.5)
-    masked, _ = sdxl.apply(anna, mask=torch.ones(1, 64, 64).tril())
-    idle, _ = sdxl.apply(anna, strength=0.0)
-    texts = {text: sdxl.encode(clip, text) for text in ("<anna>", "<ben> alone", "<anna> and <ben>", "blurry")}
+    anna = sd15.subject("<anna>", "woman")
+    ben = sd15.subject("<ben>", "man", view=3)
+    one, clip = sd15.apply(anna)
+    both, clip = sd15.apply(ben, one, clip)
+    branch, _ = sd15.apply(ben, strength=0.5)
+    masked, _ = sd15.apply(anna, mask=torch.ones(1, 64, 64).tril())
+    idle, _ = sd15.apply(anna, strength=0.0)
+    texts = {text: sd15.encode(clip, text) for text in ("<anna>", "<ben> alone", "<anna> and <ben>", "blurry")}
 
     def stops(*args):
         raise comfy.model_management.InterruptProcessingException
@@ -69,7 +68,7 @@ def test_twenty_runs_end_with_the_memory_they_began_with(pack, sdxl, device_memo
         if fault:
             model = model.clone()
             model.set_model_attn1_patch(fault)
-        return sdxl.sample(model, texts[text], texts["blurry"], seed=seed)
+        return sd15.sample(model, texts[text], texts["blurry"], seed=seed)
 
     first = run(*kinds[0])
     for kind in kinds[1:4]:  # what is made once: the host's caches, kernels' buffers
@@ -97,13 +96,13 @@ def test_twenty_runs_end_with_the_memory_they_began_with(pack, sdxl, device_memo
 
 
 @pytest.mark.works_with("Host", "--lowvram, --novram", "the encoder may stay off the device; tried on a CPU")
-def test_an_encoder_that_is_not_wholly_on_the_device_gives_the_same(pack, sdxl, monkeypatch):
+def test_an_encoder_that_is_not_wholly_on_the_device_gives_the_same(pack, sdxl, monkeypatch, watch):
     """As with --lowvram and --novram: the host puts few weights on the device, the rest is cast as it is used."""
     encoder = sdxl.make_encoder()
     model, clip = sdxl.apply(sdxl.subject(encoder=encoder))
     positive, negative = sdxl.encode(clip, "<person>"), sdxl.encode(clip, "")
     whole = sdxl.sample(model, positive, negative)
-    load, keys_values, partly = comfy.model_management.load_models_gpu, pack.encoder.NestedEncoder.keys_values, []
+    load, partly = comfy.model_management.load_models_gpu, []
 
     def load_little(models, *args, **kwargs):
         load(models, *args, **kwargs)
@@ -111,12 +110,8 @@ def test_an_encoder_that_is_not_wholly_on_the_device_gives_the_same(pack, sdxl, 
             encoder.patcher.unpatch_model(encoder.patcher.offload_device)
             encoder.patcher.load(encoder.patcher.load_device, lowvram_model_memory=1)
 
-    def look(self, tokens, layer):
-        partly.append(self.model_lowvram)
-        return keys_values(self, tokens, layer)
-
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", load_little)
-    monkeypatch.setattr(pack.encoder.NestedEncoder, "keys_values", look)
+    watch(pack.encoder.NestedEncoder, "keys_values", lambda said: partly.append(said["self"].model_lowvram))
     assert torch.equal(sdxl.sample(model, positive, negative), whole)
     assert partly == [True] * 70
 
@@ -131,16 +126,10 @@ def test_a_run_counts_the_encoder_among_the_host_s_models(sdxl):
     assert encoder.patcher not in model.get_additional_models(), "those stay loaded as long as the model"
 
 
-def test_keys_and_values_are_made_once_a_run(pack, sdxl, monkeypatch):
+def test_keys_and_values_are_made_once_a_run(pack, sdxl, watch):
     """Not per step, and not for the negative prompt."""
     calls = []
-    original = pack.encoder.NestedEncoder.keys_values
-
-    def count(self, tokens, layer):
-        calls.append(layer)
-        return original(self, tokens, layer)
-
-    monkeypatch.setattr(pack.encoder.NestedEncoder, "keys_values", count)
+    watch(pack.encoder.NestedEncoder, "keys_values", lambda said: calls.append(said["layer"]))
     model, clip = sdxl.apply(sdxl.subject())
     positive, negative = sdxl.encode(clip, "<person>"), sdxl.encode(clip, "not <person>")
     sdxl.sample(model, positive, negative, steps=3, size=(8, 8))
@@ -174,10 +163,9 @@ def test_what_others_computed_is_not_changed_in_place(sdxl):
 
 
 @pytest.mark.works_with("Host", "Multi-GPU", "K̈ and V̈ on each device; tried with two names of a CPU")
-def test_several_devices(sdxl, fired):
+def test_several_devices(sdxl, fired, since):
     """The host's multi-GPU clones, two names of the CPU for two GPUs: K̈ and V̈ for each, and none afterwards."""
-    if not hasattr(ModelPatcher, "deepclone_multigpu"):
-        pytest.skip("this ComfyUI has no multi-GPU")
+    since("ModelPatcher.deepclone_multigpu")
     base = sdxl.model.clone()
     base.cached_patcher_init = (sdxl.make_model, (torch.float32,))
     second = base.deepclone_multigpu(new_load_device=torch.device("cpu", 0))

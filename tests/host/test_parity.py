@@ -63,11 +63,11 @@ def test_predicted_noise_agrees(request, family, count):
                 alpha=knob.get("identity"),
             )
         )
-    unet = diffusers_unet(studio)
+    unet = diffusers_unet(studio).to(x.device)
     before = copy.copy(unet.attn_processors)
     extra = {}
     if family == "sdxl":
-        time_ids = torch.tensor([[128.0, 192.0, 0.0, 0.0, 128.0, 192.0]]).expand(len(x), -1)
+        time_ids = torch.tensor([[128.0, 192.0, 0.0, 0.0, 128.0, 192.0]], device=x.device).expand(len(x), -1)
         extra = {"added_cond_kwargs": {"text_embeds": y[:, :1280], "time_ids": time_ids}}
     with torch.no_grad(), nested_attention(unet, bound):
         got = unet(x, timesteps, encoder_hidden_states=context, **extra).sample

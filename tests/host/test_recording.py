@@ -140,11 +140,12 @@ def test_explain_shows_the_query_s_own_nested_attention(pack, node, sd15, pair):
         rows, columns = query.shape
         q = query.q[0, int(0.9 * rows) * columns + int(0.3 * columns)].float()
         application = run.applications[1]
-        key = application.source.encoder.module.to_k[query.layer](application.source.subject.tokens)[0]
+        encoder, tokens = application.source.encoder.module, application.source.subject.tokens.to(q.device)
+        key = encoder.to_k[query.layer](tokens)[0]
         heads, d = query.heads, q.shape[0] // query.heads
         logits = torch.einsum("hd,nhd->hn", q.view(heads, d), key.float().view(-1, heads, d)) / d**0.5
         expected.append(logits.softmax(-1).mean(0))
-    torch.testing.assert_close(point.tokens, torch.stack(expected).mean(0), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(point.tokens.cpu(), torch.stack(expected).mean(0).cpu(), rtol=1e-3, atol=1e-4)
     assert point.photos.shape == (1, 224, 224, 3)
     for source in point.sources:
         assert source.shape == (1, 16, 16) and float(source.sum()) == pytest.approx(1)

@@ -23,16 +23,10 @@ def separate(pack):
 
 
 @pytest.fixture
-def biases(pack, monkeypatch):
+def biases(pack, watch):
     """The bias of every self-attention that is bounded, in order."""
     seen = []
-    original = pack.apart.scaled_dot_product
-
-    def spy(q, k, v, heads, mask=None):
-        seen.append(mask)
-        return original(q, k, v, heads, mask)
-
-    monkeypatch.setattr(pack.apart, "scaled_dot_product", spy)
+    watch(pack.apart, "scaled_dot_product", lambda said: seen.append(said.get("mask")))
     return seen
 
 

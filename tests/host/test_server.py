@@ -45,7 +45,7 @@ def server(work, names):
 
 def portrait(names, prompt):
     person = graphs.Shown((names["image"],), "<person>", "person")
-    return graphs.subject_graph(names, prompt, [person], negative="bad anatomy", size=256, steps=4)
+    return graphs.subject_graph(names, prompt, [person], negative="bad anatomy", size=128, steps=2)
 
 
 @pytest.fixture

@@ -20,11 +20,28 @@ from nested_core.attention import (
 from nested_core.errors import NestedAttentionError
 
 
-@pytest.fixture(scope="module", params=["fused", "written out"], autouse=True)
+@pytest.fixture(scope="module", params=["inference", "training"], autouse=True)
 def kernels(request):
     """Inference runs in fused kernels, training on a CPU in written-out attention: all of this is about both."""
-    with torch.set_grad_enabled(request.param == "written out"):
+    with torch.set_grad_enabled(request.param == "training"):
         yield
+
+
+@pytest.fixture(scope="module")
+def rand(device):
+    """rand(seed, tokens..., channels=16) -> random (rows, n, channels) for each n, the same on every device."""
+
+    def made(seed, *tokens, rows=1, channels=16, dtype=torch.float32):
+        g = torch.Generator().manual_seed(seed)
+        return [torch.randn(rows, n, channels, generator=g, dtype=torch.float64).to(device, dtype) for n in tokens]
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def at(device):
+    """at(3, 7) -> places on the device."""
+    return lambda *places: torch.tensor(places, device=device)
 
 
 def literal(q, k, v, heads, terms):
@@ -104,88 +121,120 @@ def layers(draw):
     return q, k, v, heads, terms
 
 
-def cast(terms, dtype):
-    return [dataclasses.replace(t, key=t.key.to(dtype), value=t.value.to(dtype)) for t in terms]
+def moved(layer, device, dtype=torch.float64):
+    """A drawn layer on a device, with keys and values in a type."""
+
+    def there(x):
+        return x if x is None else x.to(device)
+
+    q, k, v, heads, terms = layer
+    terms = [
+        dataclasses.replace(
+            t,
+            key=t.key.to(device, dtype),
+            value=t.value.to(device, dtype),
+            places=there(t.places),
+            spatial=there(t.spatial),
+            log_weights=there(t.log_weights),
+        )
+        for t in terms
+    ]
+    return *(x.to(device, dtype) for x in (q, k, v)), heads, terms
 
 
 # Half types are compared with the fp64 result of the *rounded* inputs; what is left is rounding inside the layer.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 4e-2), (torch.float16, 6e-3)])
 @settings(max_examples=60, deadline=None)
 @given(layer=layers())
-def test_fused_equals_literal(layer, dtype, tolerance):
-    q, k, v, heads, terms = layer
-    q, k, v, terms = q.to(dtype), k.to(dtype), v.to(dtype), cast(terms, dtype)
-    expected = literal(q.double(), k.double(), v.double(), heads, cast(terms, torch.float64))
+def test_fused_equals_literal(layer, device, dtype, tolerance):
+    rounded = moved(layer, device, dtype)
+    expected = literal(*moved(rounded, "cpu"))
+    q, k, v, heads, terms = rounded
     got = scaled_dot_product(q, k, v, heads) + nested_delta(q, k, v, heads, terms)
-    assert got.dtype == dtype
-    assert (got.double() - expected).norm() <= tolerance * (1 + expected.norm())
+    assert (got.dtype, got.device) == (q.dtype, q.device)
+    assert (got.cpu().double() - expected).norm() <= tolerance * (1 + expected.norm())
 
 
 @settings(max_examples=30, deadline=None)
 @given(layer=layers())
-def test_strength_zero_adds_exactly_nothing(layer):
-    q, k, v, heads, terms = layer
+def test_strength_zero_adds_exactly_nothing(layer, device):
+    q, k, v, heads, terms = moved(layer, device)
     terms = [dataclasses.replace(t, strength=0.0) for t in terms]
     assert torch.count_nonzero(nested_delta(q, k, v, heads, terms)) == 0
 
 
 @settings(max_examples=30, deadline=None)
 @given(layer=layers())
-def test_without_focus_subjects_are_a_sum(layer):
-    q, k, v, heads, terms = layer
+def test_without_focus_subjects_are_a_sum(layer, device):
+    q, k, v, heads, terms = moved(layer, device)
     terms = [dataclasses.replace(t, focus=1.0) for t in terms]
     together = nested_delta(q, k, v, heads, terms)
     apart = sum(nested_delta(q, k, v, heads, [t]) for t in terms)
     torch.testing.assert_close(together, apart)
 
 
-def test_weight_two_counts_as_twice_the_token():
-    g = torch.Generator().manual_seed(0)
-    q, k, v, key, value = (torch.randn(1, n, 16, generator=g) for n in (7, 9, 9, 4, 4))
-    doubled = [1, 1, 2, 1]
-    index = torch.arange(4).repeat_interleave(torch.tensor(doubled))
-    weighted = NestedTerm(key, value, torch.tensor([3]), log_weights=torch.tensor(doubled).log())
-    repeated = NestedTerm(key[:, index], value[:, index], torch.tensor([3]))
+@settings(max_examples=30, deadline=None)
+@given(layer=layers())
+def test_without_focus_the_sum_is_linear_in_strength(layer, device):
+    """A line through 0 on which 1 is the step: below 0, between, and beyond 1."""
+    q, k, v, heads, terms = moved(layer, device)
+
+    def added(strength):
+        return nested_delta(q, k, v, heads, [dataclasses.replace(t, focus=1.0, strength=strength) for t in terms])
+
+    whole = added(1.0)
+    for strength in (-1.5, 0.25, 0.5, 2.0, 5.0):
+        torch.testing.assert_close(added(strength), strength * whole)
+
+
+def test_weight_two_counts_as_twice_the_token(rand, at):
+    q, k, v, key, value = rand(0, 7, 9, 9, 4, 4)
+    index = [0, 1, 2, 2, 3]
+    weighted = NestedTerm(key, value, at(3), log_weights=at(1, 1, 2, 1).log())
+    repeated = NestedTerm(key[:, index], value[:, index], at(3))
     torch.testing.assert_close(nested_delta(q, k, v, 2, [weighted]), nested_delta(q, k, v, 2, [repeated]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("focus", [1.0, 2.0])
-def test_into_an_output_of_any_type(dtype, focus):
+def test_into_an_output_of_any_type(rand, at, dtype, focus):
     """The sum ends up in the rows that are given, and nowhere else; with one-hot values made before it is the same."""
-    g = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(1, n, 16, generator=g) for n in (9, 12, 12))
-    key, value = torch.randn(1, 6, 16, generator=g), torch.randn(1, 6, 16, generator=g)
-    terms = [NestedTerm(key, value, torch.tensor([3, 7]), focus=focus), NestedTerm(value, key, torch.tensor([5]))]
-    output = torch.randn(3, 9, 16, generator=g).to(dtype)
+    q, k, v, key, value = rand(1, 9, 12, 12, 6, 6)
+    terms = [NestedTerm(key, value, at(3, 7), focus=focus), NestedTerm(value, key, at(5))]
+    (output,) = rand(2, 9, rows=3, dtype=dtype)
     before = output.clone()
-    values = one_hot_values(torch.tensor([3, 7, 5]), 12, 8, q.dtype)
-    prob = outer_probabilities(q, k, 2, torch.tensor([3, 7, 5]), values)
+    values = one_hot_values(at(3, 7, 5), 12, 8, q.dtype)
+    prob = outer_probabilities(q, k, 2, at(3, 7, 5), values)
     got = nested_delta(q, k, v, 2, terms, into=output[1:2], prob=prob)
     assert got.data_ptr() == output[1].data_ptr()
     assert torch.equal(output[[0, 2]], before[[0, 2]])
     expected = before[1:2].float() + nested_delta(q, k, v, 2, terms)
-    tolerance = 2e-3 if dtype == torch.float16 else 1e-5
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}.get(dtype, 1e-5)
     torch.testing.assert_close(output[1:2].float(), expected, rtol=tolerance, atol=tolerance)
 
 
-def separated(masked=False, **separation):
+@pytest.fixture(scope="module")
+def separated(rand, at, device):
     """A layer with three subjects; one of them has two places, one may have a mask. separation: by name."""
-    g = torch.Generator().manual_seed(3)
-    q, k, v = (torch.randn(2, n, 16, generator=g, dtype=torch.float64) for n in (30, 12, 12))
-    names = {"anna": [3, 7], "ben": [5], "cleo": [9]}
-    terms = []
-    for name, places in names.items():
-        key, value = (torch.randn(1, 6, 16, generator=g, dtype=torch.float64) for _ in range(2))
-        spatial = (torch.arange(30) / 20).clamp(0, 1).double()[None] if masked and name == "ben" else None
-        made = {"spatial": spatial, "strength": 0.4 if masked and name == "cleo" else 1.3}
-        terms.append(NestedTerm(key, value, torch.tensor(places), separation=separation.get(name, 0.0), **made))
-    return q, k, v, terms
+
+    def layer(masked=False, **separation):
+        q, k, v = rand(3, 30, 12, 12, rows=2, dtype=torch.float64)
+        terms = []
+        for seed, (name, places) in enumerate({"anna": at(3, 7), "ben": at(5), "cleo": at(9)}.items()):
+            key, value = rand(10 + seed, 6, 6, dtype=torch.float64)
+            ramp = (torch.arange(30, device=device) / 20).clamp(0, 1).double()[None]
+            made = {
+                "spatial": ramp if masked and name == "ben" else None,
+                "strength": 0.4 if masked and name == "cleo" else 1.3,
+            }
+            terms.append(NestedTerm(key, value, places, separation=separation.get(name, 0.0), **made))
+        return q, k, v, terms
+
+    return layer
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("amounts", [{"anna": 0.5, "ben": 0.25}, {"anna": 1.0, "ben": 1.0, "cleo": 1.0}, {"cleo": 0.8}])
-def test_separation_is_a_mask_made_of_the_outer_attention(amounts, masked):
+def test_separation_is_a_mask_made_of_the_outer_attention(separated, amounts, masked):
     q, k, v, terms = separated(masked, **amounts)
     scores = q.unflatten(-1, (2, 8)).transpose(1, 2) @ k.unflatten(-1, (2, 8)).permute(0, 2, 3, 1) / 8**0.5
     prob = scores.softmax(-1).mean(1)  # (B, Q, T)
@@ -203,27 +252,25 @@ def test_separation_is_a_mask_made_of_the_outer_attention(amounts, masked):
     torch.testing.assert_close(nested_delta(q, k, v, 2, terms), nested_delta(q, k, v, 2, as_masks))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_focus_far_beyond_what_an_exponent_holds_is_a_hard_choice(dtype):
+def test_focus_far_beyond_what_an_exponent_holds_is_a_hard_choice(rand, at, dtype):
     """Strengths and factors multiply: e^Δ overflows long before its share of the softmax is anything but 0 or 1."""
-    g = torch.Generator().manual_seed(5)
-    q, k, v = (torch.randn(2, n, 16, generator=g).to(dtype) * 3 for n in (30, 12, 12))
-    key, value = (torch.randn(1, 6, 16, generator=g).to(dtype) for _ in range(2))
+    q, k, v = (3 * x for x in rand(8, 30, 12, 12, rows=2, dtype=dtype))
+    key, value = rand(6, 6, 6, dtype=dtype)
     for strength in (8.0, 1000.0, -1000.0):
-        got = nested_delta(q, k, v, 2, [NestedTerm(key, value, torch.tensor([3]), focus=10.0, strength=strength)])
+        got = nested_delta(q, k, v, 2, [NestedTerm(key, value, at(3), focus=10.0, strength=strength)])
         assert got.isfinite().all(), strength
     # Where the logit is raised, all attention is on the token: what is left there of the layer is v* alone.
-    term = NestedTerm(key, value, torch.tensor([3]), focus=1e4, value_norm="none")
+    term = NestedTerm(key, value, at(3), focus=1e4, value_norm="none")
     out = (scaled_dot_product(q, k, v, 2) + nested_delta(q, k, v, 2, [term])).unflatten(-1, (2, 8)).float()
     nested = scaled_dot_product(q, key.expand(2, -1, -1), value.expand(2, -1, -1), 2).unflatten(-1, (2, 8)).float()
     logits = (q.unflatten(-1, (2, 8)).float() * k[:, 3].unflatten(-1, (2, 8))[:, None].float()).sum(-1)
-    share = outer_probabilities(q, k, 2, torch.tensor([3]))[..., 0]
+    share = outer_probabilities(q, k, 2, at(3))[..., 0]
     there = (logits > 1) & (share > 1e-4)
     assert there.sum() > 30
     torch.testing.assert_close(out[there], nested[there], rtol=0.1, atol=0.15 if dtype != torch.float32 else 1e-3)
 
 
-def test_separation_0_is_the_plain_sum_and_alone_it_does_nothing():
+def test_separation_0_is_the_plain_sum_and_alone_it_does_nothing(separated):
     q, k, v, plain = separated()
     _, _, _, terms = separated(anna=0.5)
     assert torch.equal(nested_delta(q, k, v, 2, terms[:1]), nested_delta(q, k, v, 2, plain[:1]))
@@ -233,64 +280,55 @@ def test_separation_0_is_the_plain_sum_and_alone_it_does_nothing():
 
 
 @pytest.mark.parametrize("amount", [-0.1, 1.5, float("nan")])
-def test_separation_outside_0_to_1_is_refused(amount):
+def test_separation_outside_0_to_1_is_refused(at, amount):
     key = torch.zeros(1, 2, 16)
     with pytest.raises(NestedAttentionError, match="separation is .* expected 0"):
-        NestedTerm(key, key, torch.tensor([1]), separation=amount)
+        NestedTerm(key, key, at(1), separation=amount)
 
 
-def test_outer_probabilities_of_all_places_are_the_softmax():
+def test_outer_probabilities_of_all_places_are_the_softmax(rand, at):
     # 12 places in heads of 8 channels: more than one call's worth.
-    g = torch.Generator().manual_seed(1)
-    q, k = torch.randn(2, 5, 16, generator=g), torch.randn(2, 12, 16, generator=g)
-    got = outer_probabilities(q, k, 2, torch.arange(12))
+    q, k = rand(1, 5, 12, rows=2)
+    got = outer_probabilities(q, k, 2, at(*range(12)))
     scores = q.unflatten(-1, (2, 8)).transpose(1, 2) @ k.unflatten(-1, (2, 8)).permute(0, 2, 3, 1) / 8**0.5
     torch.testing.assert_close(got, scores.softmax(-1).transpose(1, 2))
 
 
-def test_tiny_half_values_do_not_overflow():
-    # ‖v*‖ far below 1 must not blow the fp16 factor up into inf or nan.
-    g = torch.Generator().manual_seed(2)
-    q, k, v, key, value = (torch.randn(1, n, 16, generator=g).half() for n in (7, 9, 9, 4, 4))
-    for norm in VALUE_NORMS:
-        term = NestedTerm(key, value * 1e-4, torch.tensor([3]), value_norm=norm)
-        assert nested_delta(q, k, v, 2, [term]).isfinite().all(), norm
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            a, b, c, x, y = (t.to(dtype) for t in (q, k, v, key, value * 0))
-            zero = NestedTerm(x, y, torch.tensor([3]), value_norm=norm)
-            assert nested_delta(a, b, c * 100, 2, [zero]).isfinite().all(), (norm, dtype)
+@pytest.mark.parametrize("norm", VALUE_NORMS)
+def test_tiny_and_zero_values_do_not_overflow(rand, at, dtype, norm):
+    # ‖v*‖ far below 1 must not blow the factor of equation (4) up into inf or nan.
+    q, k, v, key, value = rand(2, 7, 9, 9, 4, 4, dtype=dtype)
+    assert nested_delta(q, k, v, 2, [NestedTerm(key, value * 1e-4, at(3), value_norm=norm)]).isfinite().all()
+    assert nested_delta(q, k, v * 100, 2, [NestedTerm(key, value * 0, at(3), value_norm=norm)]).isfinite().all()
 
 
-def test_gradients_reach_the_nested_keys_and_values():
-    g = torch.Generator().manual_seed(3)
-    q, k, v = (torch.randn(1, n, 16, generator=g) for n in (7, 9, 9))
-    key, value = (torch.randn(1, 4, 16, generator=g, requires_grad=True) for _ in range(2))
+def test_gradients_reach_the_nested_keys_and_values(rand, at):
+    q, k, v, key, value = rand(3, 7, 9, 9, 4, 4)
     with torch.enable_grad():
-        nested_delta(q, k, v, 2, [NestedTerm(key, value, torch.tensor([3]), focus=1.5)]).square().sum().backward()
+        key.requires_grad_()
+        value.requires_grad_()
+        nested_delta(q, k, v, 2, [NestedTerm(key, value, at(3), focus=1.5)]).square().sum().backward()
     assert key.grad is not None and value.grad is not None
     assert key.grad.abs().sum() > 0 and value.grad.abs().sum() > 0
 
 
-def test_bad_options_say_what_is_expected():
+def test_bad_options_say_what_is_expected(at):
     x = torch.zeros(1, 1, 4)
     with pytest.raises(NestedAttentionError, match="expected one of match, match_per_head, unit, none"):
-        NestedTerm(x, x, torch.tensor([0]), value_norm="both")
+        NestedTerm(x, x, at(0), value_norm="both")
     with pytest.raises(NestedAttentionError, match="focus is -1; expected 0 or more"):
-        NestedTerm(x, x, torch.tensor([0]), focus=-1)
+        NestedTerm(x, x, at(0), focus=-1)
 
 
 @pytest.mark.parametrize("focus", [1.0, 2.0])
-def test_rows_with_their_own_places_are_as_if_alone(focus):
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, n, 8, generator=g, dtype=torch.float64) for n in (5, 7, 7))
-    key, value = (torch.randn(3, 4, 8, generator=g, dtype=torch.float64) for _ in range(2))
-    places = torch.tensor([[2, -1], [1, 4], [-1, -1]])
-    shown = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, float("-inf")], [0, 0, 0, 0]], dtype=torch.float64)
-    everywhere = NestedTerm(key=key[:1], value=value[:1], places=torch.tensor([6]), focus=focus)
+def test_rows_with_their_own_places_are_as_if_alone(rand, at, focus):
+    q, k, v, key, value = rand(0, 5, 7, 7, 4, 4, rows=3, channels=8, dtype=torch.float64)
+    places = at([2, -1], [1, 4], [-1, -1])
+    shown = at([0.0, 0, 0, 0], [0, 0, 0, float("-inf")], [0, 0, 0, 0]).double()
+    everywhere = NestedTerm(key=key[:1], value=value[:1], places=at(6), focus=focus)
     batch = NestedTerm(key=key, value=value, places=places, focus=focus, log_weights=shown)
     got = nested_delta(q, k, v, 2, [everywhere, batch])
     for row, tokens in enumerate((4, 3, 4)):
-        at = slice(row, row + 1)
-        own = NestedTerm(key[at, :tokens], value[at, :tokens], places[row][places[row] >= 0], focus=focus)
+        own = NestedTerm(key[[row], :tokens], value[[row], :tokens], places[row][places[row] >= 0], focus=focus)
         terms = [everywhere, own] if len(own.places) else [everywhere]
-        torch.testing.assert_close(got[at], nested_delta(q[at], k[at], v[at], 2, terms))
+        torch.testing.assert_close(got[[row]], nested_delta(q[[row]], k[[row]], v[[row]], 2, terms))

@@ -603,7 +603,9 @@ def test_converter_halves_a_file_and_carries_its_fingerprint(
     assert config.fingerprint in said
     # Once more, from our own format: nothing but the precision changes.
     assert convert([str(target), str(tmp_path / "b.safetensors"), "--dtype", "bf16"]) == 0
-    assert read_encoder(tmp_path / "b.safetensors")[0] == config
+    again, twice = read_encoder(tmp_path / "b.safetensors")
+    assert again == config
+    assert_same(twice, {name: tensor.bfloat16() for name, tensor in converted.items()})
 
 
 def test_converter_refuses_to_replace_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,9 +35,9 @@ def test_defaults_are_the_public_release() -> None:
     assert all(linear.bias is None and linear.in_features == 2048 for linear in release.to_v)
 
 
-def test_features_to_tokens_to_keys_and_values() -> None:
-    encoder = NestedEncoder(TINY)
-    tokens = encoder.encode(torch.randn(2, 7, 24))
+def test_features_to_tokens_to_keys_and_values(device: torch.device) -> None:
+    encoder = NestedEncoder(TINY).to(device)
+    tokens = encoder.encode(torch.randn(2, 7, 24, device=device))
     assert tokens.shape == (2, 5, 16)
     for layer, width in enumerate(TINY.widths):
         k, v = encoder.keys_values(tokens, layer)
@@ -46,16 +46,22 @@ def test_features_to_tokens_to_keys_and_values() -> None:
         torch.testing.assert_close(v, tokens @ encoder.to_v[layer].weight.T)
 
 
-def test_pooled_encoder() -> None:
-    encoder = NestedEncoder(TINY_POOLED)
-    tokens = encoder.encode(torch.randn(2, 24))
+def test_pooled_encoder(device: torch.device) -> None:
+    encoder = NestedEncoder(TINY_POOLED).to(device)
+    tokens = encoder.encode(torch.randn(2, 24, device=device))
     assert tokens.shape == (2, 4, 16)
     assert encoder.keys_values(tokens, 15)[1].shape == (2, 4, 16)
 
 
-def test_dtype_and_operations_reach_every_weight() -> None:
-    encoder = NestedEncoder(TINY, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.bfloat16}
+def test_type_device_and_operations_reach_every_weight(device: torch.device, dtype: torch.dtype) -> None:
+    class Operations:
+        Linear = type("Linear", (torch.nn.Linear,), {})
+        LayerNorm = type("LayerNorm", (torch.nn.LayerNorm,), {})
+
+    encoder = NestedEncoder(TINY, operations=Operations, device=device, dtype=dtype)
+    assert {(weight.dtype, weight.device.type) for weight in encoder.parameters()} == {(dtype, device.type)}
+    kinds = {type(module) for module in encoder.modules() if next(module.parameters(recurse=False), None) is not None}
+    assert kinds - {type(encoder.resampler)} == {Operations.Linear, Operations.LayerNorm}
 
 
 def test_state_dict_names() -> None:

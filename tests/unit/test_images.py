@@ -25,8 +25,8 @@ ASTRONAUT_FACE = ((202.0, 101.5), (248.0, 103.5), (206.0, 142.0), (243.0, 145.0)
 
 
 @pytest.fixture(scope="module")
-def photo() -> Tensor:
-    return torch.from_numpy(astronaut()).float()[None] / 255
+def photo(device: torch.device) -> Tensor:
+    return torch.from_numpy(astronaut()).to(device).float()[None] / 255
 
 
 def face_mesh(eye_left: Any, eye_right: Any, mouth_left: Any, mouth_right: Any, points: int = 478) -> np.ndarray:
@@ -68,7 +68,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def is_neutral(pixels: Tensor) -> bool:
-    return bool(torch.isclose(pixels, NEUTRAL_PIXEL, atol=1e-3).all())
+    return bool(torch.isclose(pixels, NEUTRAL_PIXEL.to(pixels.device), atol=1e-3).all())
 
 
 # --- prepare ---------------------------------------------------------------------------------------------------------
@@ -93,9 +93,9 @@ def test_neutral_is_zero_for_clip() -> None:
     assert NEUTRAL == (0.48145466, 0.4578275, 0.40821073)
 
 
-def test_resize_is_antialiased() -> None:
+def test_resize_is_antialiased(device: torch.device) -> None:
     """Stripes of one pixel are grey from afar, not the stripes one happens to hit."""
-    stripes = torch.zeros(1, 512, 512, 3)
+    stripes = torch.zeros(1, 512, 512, 3, device=device)
     stripes[:, :, ::2] = 1
     small = prepare(stripes, size=37)
     assert (small[:, 2:-2, 2:-2] - 0.5).abs().max() < 0.05
@@ -103,7 +103,7 @@ def test_resize_is_antialiased() -> None:
 
 def test_views_are_prepared_one_by_one(photo: Tensor) -> None:
     views = torch.cat((photo, photo.flip(2), photo.flip(1)))
-    masks = torch.zeros(3, 512, 512)
+    masks = photo.new_zeros(3, 512, 512)
     masks[0, 50:200, 150:300] = 1
     masks[1, 300:, 100:220] = 1
     masks[2, :, 200:210] = 1
@@ -114,7 +114,7 @@ def test_views_are_prepared_one_by_one(photo: Tensor) -> None:
 
 
 def test_masked_crop_is_the_square_around_the_subject_and_paints_the_rest(photo: Tensor) -> None:
-    mask = torch.zeros(512, 512)
+    mask = photo.new_zeros(512, 512)
     mask[100:200, 150:190] = 1
     shown = prepare(photo, mask, size=100)[0]
     assert torch.equal(shown[:, 30:70], photo[0, 100:200, 150:190])
@@ -122,7 +122,7 @@ def test_masked_crop_is_the_square_around_the_subject_and_paints_the_rest(photo:
 
 
 def test_masked_crop_stays_in_the_picture(photo: Tensor) -> None:
-    mask = torch.zeros(512, 512)
+    mask = photo.new_zeros(512, 512)
     mask[412:512, 500:512] = 1  # a square around its centre would reach over the right edge
     shown = prepare(photo, mask, size=100)[0]
     assert torch.equal(shown[:, 88:], photo[0, 412:, 500:])
@@ -131,7 +131,7 @@ def test_masked_crop_stays_in_the_picture(photo: Tensor) -> None:
 
 def test_masked_crop_pads_where_the_subject_is_longer_than_the_picture_is_high(photo: Tensor) -> None:
     wide = photo[:, :100]
-    mask = torch.zeros(100, 512)
+    mask = photo.new_zeros(100, 512)
     mask[:, 100:300] = 1
     shown = prepare(wide, mask, size=200)[0]
     assert torch.equal(shown[50:150], wide[0, :, 100:300])
@@ -139,7 +139,7 @@ def test_masked_crop_pads_where_the_subject_is_longer_than_the_picture_is_high(p
 
 
 def test_masked_pad_keeps_the_place_of_the_subject(photo: Tensor) -> None:
-    mask = torch.zeros(512, 512)
+    mask = photo.new_zeros(512, 512)
     mask[100:200, 150:190] = 1
     shown = prepare(photo, mask, fit="pad", size=512)[0]
     assert torch.equal(shown[100:200, 150:190], photo[0, 100:200, 150:190])
@@ -149,20 +149,20 @@ def test_masked_pad_keeps_the_place_of_the_subject(photo: Tensor) -> None:
 @pytest.mark.parametrize("fit", ["crop", "pad"])
 def test_a_mask_of_everything_is_no_mask(photo: Tensor, fit: str) -> None:
     wide = photo[:, 100:300]
-    assert torch.equal(prepare(wide, torch.ones(200, 512), fit), prepare(wide, None, fit))
-    assert torch.equal(prepare(wide, torch.ones(7, 99), fit), prepare(wide, None, fit))
+    assert torch.equal(prepare(wide, photo.new_ones(200, 512), fit), prepare(wide, None, fit))
+    assert torch.equal(prepare(wide, photo.new_ones(7, 99), fit), prepare(wide, None, fit))
 
 
 def test_half_a_mask_value_is_half_the_colour(photo: Tensor) -> None:
-    mask = torch.ones(512, 512)
+    mask = photo.new_ones(512, 512)
     mask[:, 256:] = 0.5
     mask[0] = 0
     shown = prepare(photo, mask, fit="pad", size=512)[0]
-    assert torch.allclose(shown[1:, 256:], (photo[0, 1:, 256:] + NEUTRAL_PIXEL) / 2, atol=1e-6)
+    assert torch.allclose(shown[1:, 256:], (photo[0, 1:, 256:] + NEUTRAL_PIXEL.to(photo.device)) / 2, atol=1e-6)
 
 
 def test_a_blurred_mask_is_centred_on_its_outline(photo: Tensor) -> None:
-    hard = torch.zeros(1, 1, 512, 512)
+    hard = photo.new_zeros(1, 1, 512, 512)
     hard[..., 200:300, 200:300] = 1
     soft = torch.nn.functional.avg_pool2d(hard, 41, stride=1, padding=20)[0]
     one, other = prepare(photo, hard[0], size=100), prepare(photo, soft, size=100)
@@ -170,41 +170,41 @@ def test_a_blurred_mask_is_centred_on_its_outline(photo: Tensor) -> None:
 
 
 def test_a_mask_of_another_size_is_stretched_to_the_image(photo: Tensor) -> None:
-    small, large = torch.zeros(64, 64), torch.zeros(512, 512)
+    small, large = photo.new_zeros(64, 64), photo.new_zeros(512, 512)
     small[8:32, 16:40], large[64:256, 128:320] = 1, 1
     assert psnr(prepare(photo, small), prepare(photo, large)) > 25
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (1, 512, 512), (2, 512, 512), (2, 1, 512, 512), (1, 1, 512, 512)])
 def test_mask_layouts(photo: Tensor, shape: tuple[int, ...]) -> None:
-    mask = torch.zeros(shape)
+    mask = photo.new_zeros(shape)
     mask[..., 100:200, 100:200] = 1
     views = torch.cat((photo, photo))
     assert torch.equal(prepare(views, mask, size=100), views[:, 100:200, 100:200])
 
 
 def test_alpha_hides_what_is_transparent(photo: Tensor) -> None:
-    alpha = torch.zeros(1, 512, 512, 1)
+    alpha = photo.new_zeros(1, 512, 512, 1)
     alpha[:, 100:200, 150:250] = 1
     cutout = torch.cat((photo, alpha), dim=-1)
     assert torch.equal(prepare(cutout, size=64), prepare(photo, alpha[..., 0], size=64))
     opaque = torch.cat((photo, torch.ones_like(alpha)), dim=-1)
     assert torch.equal(prepare(opaque), prepare(photo))
-    mask = torch.zeros(512, 512)
+    mask = photo.new_zeros(512, 512)
     mask[150:300, 100:300] = 1
     assert torch.equal(prepare(cutout, mask, size=64), prepare(photo, mask * alpha[..., 0], size=64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_any_float_comes_out_as_fp32(photo: Tensor, dtype: torch.dtype) -> None:
-    shown = prepare(photo.to(dtype), torch.ones(8, 8, dtype=dtype))
+    shown = prepare(photo.to(dtype), photo.new_ones(8, 8, dtype=dtype))
     assert shown.dtype == torch.float32
     assert torch.allclose(shown, prepare(photo), atol=0.01)
 
 
 def test_the_inputs_are_not_written_to(photo: Tensor) -> None:
-    image = torch.cat((photo * 1.2, torch.ones(1, 512, 512, 1)), dim=-1)
-    mask = torch.rand(1, 512, 512)
+    image = torch.cat((photo * 1.2, photo.new_ones(1, 512, 512, 1)), dim=-1)
+    mask = torch.rand_like(photo[..., 0])
     before = image.clone(), mask.clone()
     prepare(image, mask)
     crop_to_subject(image, mask)
@@ -224,17 +224,25 @@ def test_the_inputs_are_not_written_to(photo: Tensor) -> None:
     seed=st.integers(0, 2**31),
 )
 def test_any_picture_gives_a_square_within_range(
-    height: int, width: int, size: int, fit: str, channels: int, masked: bool, margin: float, seed: int
+    device: torch.device,
+    height: int,
+    width: int,
+    size: int,
+    fit: str,
+    channels: int,
+    masked: bool,
+    margin: float,
+    seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    image = torch.rand(2, height, width, channels, generator=generator) * 1.2 - 0.1
+    image = torch.rand(2, height, width, channels, generator=generator).to(device) * 1.2 - 0.1
     image[..., 3:] = image[..., 3:].clamp(min=0.01)
     mask = None
     if masked:
         mask = (torch.rand(2, height, width, generator=generator) > 0.9).float()
         mask[:, height // 2, width // 2] = 1
-    shown = prepare(image, mask, fit, size)
-    assert shown.shape == (2, size, size, 3) and shown.dtype == torch.float32
+    shown = prepare(image, mask, fit, size)  # a mask on the CPU may go with a picture elsewhere
+    assert shown.shape == (2, size, size, 3) and (shown.dtype, shown.device) == (torch.float32, image.device)
     assert 0 <= shown.min() and shown.max() <= 1
     cropped, cropped_mask = crop_to_subject(image, mask, margin)
     side = cropped.shape[1]
@@ -322,7 +330,7 @@ def test_bad_options_are_refused_in_words(photo: Tensor) -> None:
 
 
 def test_crop_to_subject_adds_the_margin_on_each_side(photo: Tensor) -> None:
-    mask = torch.zeros(512, 512)
+    mask = photo.new_zeros(512, 512)
     mask[100:200, 200:260] = 1
     image, cropped = crop_to_subject(photo, mask, margin=0.25)
     assert torch.equal(image, photo[:, 75:225, 155:305])
@@ -331,7 +339,7 @@ def test_crop_to_subject_adds_the_margin_on_each_side(photo: Tensor) -> None:
 
 def test_crop_to_subject_makes_the_margin_smaller_before_it_pads(photo: Tensor) -> None:
     wide = photo[:, :150]
-    mask = torch.zeros(150, 512)
+    mask = photo.new_zeros(150, 512)
     mask[20:120, 0:60] = 1
     image, cropped = crop_to_subject(wide, mask, margin=2.0)
     assert torch.equal(image, wide[:, :, :150]) and torch.equal(cropped, mask[None, :, :150])
@@ -339,7 +347,7 @@ def test_crop_to_subject_makes_the_margin_smaller_before_it_pads(photo: Tensor) 
 
 def test_crop_to_subject_pads_a_subject_that_is_too_long(photo: Tensor) -> None:
     wide = photo[:, :100]
-    mask = torch.zeros(100, 512)
+    mask = photo.new_zeros(100, 512)
     mask[10:90, 100:300] = 1
     image, cropped = crop_to_subject(wide, mask, margin=1.0)
     assert torch.equal(image[:, 50:150], wide[:, :, 100:300]) and is_neutral(image[:, :50])
@@ -348,25 +356,25 @@ def test_crop_to_subject_pads_a_subject_that_is_too_long(photo: Tensor) -> None:
 
 def test_crop_to_subject_without_a_mask_is_the_centre_square(photo: Tensor) -> None:
     wide = photo[:, :300]
-    for mask in (None, torch.ones(10, 10)):
+    for mask in (None, photo.new_ones(10, 10)):
         image, cropped = crop_to_subject(wide, mask)
         assert torch.equal(image, wide[:, :, 106:406])
-        assert torch.equal(cropped, torch.ones(1, 300, 300))
+        assert torch.equal(cropped, photo.new_ones(1, 300, 300))
 
 
 def test_crop_to_subject_brings_all_views_to_the_largest_square(photo: Tensor) -> None:
-    masks = torch.zeros(2, 512, 512)
+    masks = photo.new_zeros(2, 512, 512)
     masks[0, 100:200, 200:260] = 1
     masks[1, 300:340, 200:240] = 1
     image, cropped = crop_to_subject(torch.cat((photo, photo)), masks, margin=0.1)
     assert image.shape == (2, 120, 120, 3) and cropped.shape == (2, 120, 120)
     assert torch.equal(image[0], photo[0, 90:210, 170:290])
-    assert torch.allclose(cropped[1].mean(), torch.tensor((40 / 48) ** 2), atol=0.01)
+    assert torch.allclose(cropped[1].mean(), photo.new_tensor((40 / 48) ** 2), atol=0.01)
 
 
 def test_a_crop_can_be_prepared_with_its_mask(photo: Tensor) -> None:
     """Crop Subject into Encode Subject shows what Encode Subject alone shows."""
-    mask = torch.zeros(512, 512)
+    mask = photo.new_zeros(512, 512)
     mask[50:200, 150:300] = 1
     image, cropped = crop_to_subject(photo, mask)
     assert torch.equal(prepare(image, cropped), prepare(photo, mask))
@@ -408,7 +416,7 @@ def test_a_tilted_photo_gives_the_same_face(photo: Tensor, degrees: float) -> No
     mesh = face_mesh(*ASTRONAUT_FACE)
     turn = math.radians(degrees)
     matrix = np.array(((math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))))
-    tilted = torch.from_numpy(rotate(astronaut(), degrees, order=3)).float()[None]
+    tilted = torch.from_numpy(rotate(astronaut(), degrees, order=3)).to(photo)[None]
     tilted_mesh = ((mesh - 256) @ matrix.T + 256).astype(np.float32)
     straight, mask = align_face(photo, landmarks([mesh]), size=256)
     again, tilted_mask = align_face(tilted, landmarks([tilted_mesh]), size=256)
@@ -468,7 +476,7 @@ def test_a_photo_that_was_resized_after_detection(photo: Tensor) -> None:
 
 
 def test_alpha_goes_into_the_mask_of_an_aligned_face(photo: Tensor) -> None:
-    alpha = torch.ones(1, 512, 512, 1)
+    alpha = photo.new_ones(1, 512, 512, 1)
     alpha[:, :100] = 0
     image, mask = align_face(torch.cat((photo, alpha), -1), landmarks([face_mesh(*ASTRONAUT_FACE)]), size=128)
     assert mask[0, :40].max() == 0 and mask[0, 90:].min() > 0.99
@@ -512,4 +520,4 @@ def test_the_hash_names_the_picture(photo: Tensor) -> None:
         == 4
     )
     with pytest.raises(NestedAttentionError, match="float tensor"):
-        content_hash(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
+        content_hash(photo.new_zeros(1, 8, 8, 3, dtype=torch.uint8))

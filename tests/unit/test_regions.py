@@ -11,38 +11,39 @@ import torch.nn.functional as F
 from nested_core.regions import RAMP, memberships, separating_bias
 
 
-def attention(*rows):
-    return torch.tensor([rows], dtype=torch.float32)
+@pytest.fixture(scope="module")
+def attention(device):
+    return lambda *rows: torch.tensor([rows], dtype=torch.float32, device=device)
 
 
-def test_who_is_looked_at_where_nobody_else_is_has_the_place():
+def test_who_is_looked_at_where_nobody_else_is_has_the_place(attention):
     members = memberships(attention([0.4, 0.4, 0.0, 0.0, 0.01], [0.0, 0.0, 0.1, 0.1, 0.003]))
     assert members.tolist() == [[[1, 1, 0, 0, 0], [0, 0, 1, 1, 0]]], "each by its own most; the background is nobody's"
 
 
-def test_a_place_that_two_words_share_is_divided():
+def test_a_place_that_two_words_share_is_divided(attention):
     members = memberships(attention([0.4, 0.4, 0.2], [0.1, 0.4, 0.4]))
     assert members.sum(1).max() <= 1
     assert members[0, 0, 1] == members[0, 1, 1] == 0.5
     assert members[0, 0, 0] > 0.9 and members[0, 1, 2] > 0.9
 
 
-def test_the_ramp_and_what_is_nowhere():
+def test_the_ramp_and_what_is_nowhere(attention):
     middle = sum(RAMP) / 2
     members = memberships(attention([1.0, middle, RAMP[0], 0.0], [0.0, 0.0, 0.0, 0.0]))
-    torch.testing.assert_close(members[0, 0], torch.tensor([1.0, 0.5, 0.0, 0.0]))
+    assert members[0, 0].tolist() == pytest.approx([1.0, 0.5, 0.0, 0.0])
     assert (members[0, 1] == 0).all()
     assert memberships(attention([1.0, 0.5]).half()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0])
-def test_the_bias_is_a_factor_on_what_other_subjects_weigh(strength):
+def test_the_bias_is_a_factor_on_what_other_subjects_weigh(device, strength):
     """softmax(l + bias) is softmax(l) with each key weighed by 1 - σ·o, normalised anew."""
     generator = torch.Generator().manual_seed(0)
-    members = torch.rand(2, 3, 6, generator=generator)
+    members = torch.rand(2, 3, 6, generator=generator).to(device)
     members /= 1.2 * members.sum(1, keepdim=True)
-    logits = torch.randn(2, 6, 6, generator=generator)
-    other = torch.zeros(2, 6, 6)
+    logits = torch.randn(2, 6, 6, generator=generator).to(device)
+    other = torch.zeros(2, 6, 6, device=device)
     for a in range(3):
         for b in range(3):
             if a != b:
@@ -53,19 +54,19 @@ def test_the_bias_is_a_factor_on_what_other_subjects_weigh(strength):
     )
 
 
-def test_strength_0_and_one_subject_change_nothing():
-    members = torch.rand(1, 2, 5)
+def test_strength_0_and_one_subject_change_nothing(device):
+    members = torch.rand(1, 2, 5, device=device)
     assert (separating_bias(members, 0.0) == 0).all()
     assert (separating_bias(members[:, :1], 1.0) == 0).all()
 
 
-def test_whole_subjects_do_not_see_each_other_and_the_background_sees_all():
-    members = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
+def test_whole_subjects_do_not_see_each_other_and_the_background_sees_all(attention, device):
+    members = attention([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])
     bias = separating_bias(members, 1.0)[0]
     assert bias[0, 1] == bias[1, 0] == -math.inf
     bias[0, 1] = bias[1, 0] = 0
     assert (bias == 0).all()
     out = F.scaled_dot_product_attention(
-        *(torch.ones(1, 1, 3, 4) for _ in range(3)), separating_bias(members, 1.0)[None]
+        *(torch.ones(1, 1, 3, 4, device=device) for _ in range(3)), separating_bias(members, 1.0)[None]
     )
     assert out.isfinite().all()

@@ -1,6 +1,8 @@
 """The Q-Former and the pooled projection, against diffusers' implementations of the same modules."""
 
+import copy
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,12 +15,13 @@ from nested_core.resampler import ImageProjection, Resampler
 SMALL = {"dim": 32, "depth": 2, "dim_head": 8, "heads": 3, "num_queries": 5, "embedding_dim": 24, "output_dim": 16}
 
 
-def small() -> Resampler:
+@pytest.fixture
+def small(device: torch.device) -> Resampler:
     torch.manual_seed(0)
     resampler = Resampler(**SMALL)
     for parameter in resampler.parameters():  # norms too: fresh ones would hide a missing weight
         nn.init.normal_(parameter, std=0.3)
-    return resampler.eval()
+    return resampler.to(device).eval()
 
 
 def as_diffusers(resampler: Resampler) -> IPAdapterPlusImageProjection:
@@ -52,19 +55,18 @@ def as_diffusers(resampler: Resampler) -> IPAdapterPlusImageProjection:
         else:
             state[f"{match[1]}.{names[match[2]]}.{match[3]}"] = tensor
     theirs.load_state_dict(state)
-    return theirs.eval()
+    return theirs.to(resampler.latents.device).eval()
 
 
-def test_same_tokens_as_diffusers() -> None:
-    resampler = small()
-    features = torch.randn(2, 7, SMALL["embedding_dim"])
-    tokens = resampler(features)
+def test_same_tokens_as_diffusers(small: Resampler, randn: Callable[..., Tensor]) -> None:
+    features = randn(2, 7, SMALL["embedding_dim"])
+    tokens = small(features)
     assert tokens.shape == (2, SMALL["num_queries"], SMALL["output_dim"])
-    torch.testing.assert_close(tokens, as_diffusers(resampler)(features))
+    torch.testing.assert_close(tokens, as_diffusers(small)(features))
 
 
 def test_parameter_names_are_those_of_published_weights() -> None:
-    names = set(small().state_dict())
+    names = set(Resampler(**SMALL).state_dict())
     attention = {f"0.{norm}.{part}" for norm in ("norm1", "norm2") for part in ("weight", "bias")}
     attention |= {f"0.{matrix}.weight" for matrix in ("to_q", "to_kv", "to_out")}
     mlp = {"1.0.weight", "1.0.bias", "1.1.weight", "1.3.weight"}
@@ -80,35 +82,33 @@ def test_defaults_are_the_public_release() -> None:
     assert release.layers[3][1][1].weight.shape == (4 * 2048, 2048)
 
 
-def test_images_of_a_batch_do_not_mix() -> None:
-    resampler = small()
-    features = torch.randn(3, 7, SMALL["embedding_dim"])
-    apart = torch.cat([resampler(image[None]) for image in features])
-    torch.testing.assert_close(resampler(features), apart)
+def test_images_of_a_batch_do_not_mix(small: Resampler, randn: Callable[..., Tensor]) -> None:
+    features = randn(3, 7, SMALL["embedding_dim"])
+    apart = torch.cat([small(image[None]) for image in features])
+    torch.testing.assert_close(small(features), apart)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_finite_and_close(dtype: torch.dtype) -> None:
-    resampler = small()
-    features = torch.randn(1, 7, SMALL["embedding_dim"])
-    wanted = resampler(features)
-    tokens = resampler.to(dtype)(features.to(dtype))
-    assert tokens.dtype == dtype
-    torch.testing.assert_close(tokens.float(), wanted, rtol=0.1, atol=0.1)
+def test_every_precision_stays_finite_and_close(
+    small: Resampler, randn: Callable[..., Tensor], dtype: torch.dtype, tolerance: float
+) -> None:
+    features = randn(1, 7, SMALL["embedding_dim"])
+    wanted = copy.deepcopy(small).double()(features.double())
+    tokens = small.to(dtype)(features.to(dtype))
+    assert (tokens.dtype, tokens.device) == (dtype, features.device)
+    assert (tokens.double() - wanted).norm() < tolerance * wanted.norm()
 
 
-def test_logits_beyond_fp16_do_not_overflow() -> None:
-    resampler = small()
+def test_logits_beyond_fp16_do_not_overflow(small: Resampler, randn: Callable[..., Tensor]) -> None:
     with torch.no_grad():
-        for layer in resampler.layers:
+        for layer in small.layers:
             for matrix in (layer[0].to_q, layer[0].to_kv):
                 matrix.weight.mul_(300)
             layer[0].to_out.weight.div_(300)
-    features = torch.randn(1, 7, SMALL["embedding_dim"])
-    attention = resampler.layers[0][0]
-    normed = attention.norm2(resampler.latents)
+    features = randn(1, 7, SMALL["embedding_dim"])
+    attention = small.layers[0][0]
+    normed = attention.norm2(small.latents)
     assert attention.to_q(normed).abs().amax() ** 2 * SMALL["dim_head"] > torch.finfo(torch.float16).max
-    assert resampler.half()(features.half()).isfinite().all()
+    assert small.half()(features.half()).isfinite().all()
 
 
 class Casting:
@@ -126,21 +126,21 @@ class Casting:
             )
 
 
-def test_operations_may_cast_weights_to_the_input() -> None:
-    stored = Resampler(**SMALL, operations=Casting, dtype=torch.bfloat16)
+def test_operations_may_cast_weights_to_the_input(device: torch.device, randn: Callable[..., Tensor]) -> None:
+    stored = Resampler(**SMALL, operations=Casting, dtype=torch.bfloat16)  # and stays on the CPU
     assert {parameter.dtype for parameter in stored.parameters()} == {torch.bfloat16}
-    tokens = stored(torch.randn(1, 7, SMALL["embedding_dim"]))
-    assert tokens.dtype == torch.float32
+    tokens = stored(randn(1, 7, SMALL["embedding_dim"]))
+    assert (tokens.dtype, tokens.device.type) == (torch.float32, device.type)
     assert all(isinstance(m, Casting.Linear) for m in stored.modules() if isinstance(m, nn.Linear))
     assert all(isinstance(m, Casting.LayerNorm) for m in stored.modules() if isinstance(m, nn.LayerNorm))
 
 
-def test_pooled_projection_is_diffusers() -> None:
+def test_pooled_projection_is_diffusers(device: torch.device, randn: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
-    ours = ImageProjection(embedding_dim=24, output_dim=16, tokens=4)
-    theirs = DiffusersImageProjection(image_embed_dim=24, cross_attention_dim=16, num_image_text_embeds=4)
+    ours = ImageProjection(embedding_dim=24, output_dim=16, tokens=4).to(device)
+    theirs = DiffusersImageProjection(image_embed_dim=24, cross_attention_dim=16, num_image_text_embeds=4).to(device)
     theirs.image_embeds.load_state_dict(ours.proj.state_dict())
     theirs.norm.load_state_dict(ours.norm.state_dict())
-    pooled = torch.randn(3, 24)
+    pooled = randn(3, 24)
     assert ours(pooled).shape == (3, 4, 16)
     torch.testing.assert_close(ours(pooled), theirs(pooled))

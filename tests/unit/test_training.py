@@ -7,8 +7,10 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -62,8 +64,6 @@ from nested_core.training.frozen import FrozenEncoders, make_cache
 from nested_core.training.initial import make_encoder
 from nested_core.training.model import SubjectDenoiser
 from nested_core.training.report import dry_run
-
-torch.set_num_threads(2)
 
 DEMO = Path(demo.__file__).parent
 CONFIGS = Path(training.__file__).parent / "configs"
@@ -133,6 +133,25 @@ def small():
     return BaseModel(pipeline, tower(), "narrow small world")
 
 
+@contextmanager
+def on(device, base):
+    """A base model on a device for a while: runs, whose device accelerate chooses once a process, stay on the CPU."""
+    parts = [base.unet, base.vae, *base.text_encoders, base.vision]
+    try:
+        for part in parts:
+            part.to(device)
+        yield base
+    finally:
+        for part in parts:
+            part.to("cpu")
+
+
+@pytest.fixture
+def small_there(small, device):
+    with on(device, small) as base:
+        yield base
+
+
 def picture(seed, channels=3, size=64):
     """Smooth random colours (H, W, C)."""
     coarse = torch.rand(1, channels, 4, 4, generator=torch.Generator().manual_seed(seed))
@@ -162,6 +181,10 @@ class Pictures:
 SMALL = EncoderSettings(tokens=4, dim=32, depth=1, heads=1, dim_head=64, ff_mult=1)
 
 
+def noise(device, rows=1):
+    return torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
+
+
 def config(folder, **changes):
     standard = {
         "output": str(folder), "steps": 2, "batch_size": 2, "precision": "fp32", "cpu": True, "workers": 0,
@@ -171,13 +194,14 @@ def config(folder, **changes):
 
 
 def predictor(base, settings=SMALL, init=None, seed=0):
-    """A denoiser, four examples, and a function from examples to its conditions."""
-    encoder = make_encoder(settings, init or InitConfig(), base, seed)
-    frozen = FrozenEncoders(base, torch.device("cpu"), torch.float32, "penultimate")
+    """A denoiser where the base model is, four examples, and a function from examples to its conditions."""
+    device = base.unet.device
+    encoder = make_encoder(settings, init or InitConfig(), base, seed).to(device)
+    frozen = FrozenEncoders(base, device, torch.float32, "penultimate")
     draws = Draws(Pictures(), 0, LossConfig(), base.vision.image_size).undropped()
     collate = Collate(base.tokenizers, 1.0, base.vision.image_size)
     whole = [draws._show(draws.data.draw(i, random.Random(i))) for i in range(4)]
-    model = SubjectDenoiser(encoder, base.unet, settings.method)
+    model = SubjectDenoiser(encoder, base.unet, settings.method).to(device)
     return model, whole, lambda examples: frozen.conditions(collate(examples))
 
 
@@ -185,29 +209,32 @@ def predictor(base, settings=SMALL, init=None, seed=0):
 
 
 @pytest.mark.parametrize("method", ["nested", "decoupled"])
-def test_each_row_is_as_if_alone(small, method):
-    model, examples, conditions = predictor(small, replace(SMALL, method=method))
-    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+def test_each_row_is_as_if_alone(small_there, device, method):
+    model, examples, conditions = predictor(small_there, replace(SMALL, method=method))
+    latents, time = noise(device, rows=4), torch.full((4,), 500, device=device)
     order = [1, 0, 3, 2]  # as the batch has them: by their number of subjects
     with torch.no_grad(), model.attached():
-        together = model(latents, torch.full((4,), 500), conditions(examples))
+        together = model(latents, time, conditions(examples))
         for row, i in enumerate(order):
-            alone = model(latents[row : row + 1], torch.tensor([500]), conditions([examples[i]]))
+            alone = model(latents[row : row + 1], time[:1], conditions([examples[i]]))
             torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_training_sees_what_inference_sees(small):
+def test_training_sees_what_inference_sees(small_there, device):
     """The same subject, bound by hand: the places of "old cat" in "a dog with a old cat" are its six letters."""
+    small = small_there
     model, examples, conditions = predictor(small)
-    latents, time = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    latents, time = noise(device), torch.tensor([500], device=device)
     example = examples[1]
     with torch.no_grad():
         with model.attached():
             got = model(latents, time, conditions([example]))
-        tokens = [model.encoder.encode(small.vision.features(s.references[0][None])) for s in example.subjects]
+        tokens = [
+            model.encoder.encode(small.vision.features(s.references[0][None].to(device))) for s in example.subjects
+        ]
         places = [range(2, 5), range(10, 16)]
         bound = [BoundSubject(model.encoder, x, list(at)) for x, at in zip(tokens, places, strict=True)]
-        text = small.pipeline.encode_prompt("a dog with a old cat", "cpu", 1, False)[0]
+        text = small.pipeline.encode_prompt("a dog with a old cat", device, 1, False)[0]
         with nested_attention(small.unet, bound):
             expected = small.unet(latents, time, encoder_hidden_states=text).sample
         torch.testing.assert_close(got, expected)
@@ -215,15 +242,15 @@ def test_training_sees_what_inference_sees(small):
     assert not torch.allclose(got, plain, atol=1e-3)
 
 
-def test_gradient_checkpointing_changes_no_gradient(small):
-    grads = []
+def test_gradient_checkpointing_changes_no_gradient(small_there, device):
+    small, grads = small_there, []
     for checkpointing in (False, True):
         model, examples, conditions = predictor(small)
         if checkpointing:
             small.unet.enable_gradient_checkpointing()
         with model.attached():
-            latents = torch.ones(4, 4, 8, 8)
-            model(latents, torch.full((4,), 9), conditions(examples)).square().mean().backward()
+            time = torch.full((4,), 9, device=device)
+            model(torch.ones(4, 4, 8, 8, device=device), time, conditions(examples)).square().mean().backward()
         small.unet.disable_gradient_checkpointing()
         grads.append([parameter.grad for parameter in model.parameters()])
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads[0])
@@ -231,12 +258,13 @@ def test_gradient_checkpointing_changes_no_gradient(small):
         torch.testing.assert_close(one, other)
 
 
-def test_a_batch_without_subjects_has_a_gradient_of_zero(small):
-    model, examples, conditions = predictor(small)
+def test_a_batch_without_subjects_has_a_gradient_of_zero(small_there, device):
+    model, examples, conditions = predictor(small_there)
+    latents, time = torch.ones(1, 4, 8, 8, device=device), torch.tensor([9], device=device)
     with model.attached():
-        out = model(torch.ones(1, 4, 8, 8), torch.tensor([9]), conditions([examples[2]]))
+        out = model(latents, time, conditions([examples[2]]))
         out.sum().backward()
-        expected = small.unet(torch.ones(1, 4, 8, 8), 9, encoder_hidden_states=conditions([examples[2]]).text).sample
+        expected = small_there.unet(latents, time, encoder_hidden_states=conditions([examples[2]]).text).sample
     assert all(torch.count_nonzero(parameter.grad) == 0 for parameter in model.parameters())
     torch.testing.assert_close(out, expected)
 
@@ -307,7 +335,7 @@ class FixedNoise(loop.Trainer):
 def test_overfits_one_batch_on_narrow_sdxl(sdxl, tmp_path):
     """Another encoder's picture is learnt, from nothing but that picture; what is frozen stays as it is."""
     run = config(
-        tmp_path, steps=24, batch_size=1, loss=LossConfig(drop_text=0),
+        tmp_path, steps=16, batch_size=1, loss=LossConfig(drop_text=0),
         optimiser=OptimiserConfig(3e-3, 3e-3, weight_decay=0, warmup=0),
     )  # fmt: skip
     # A scheduler whose every step is all but pure noise, and that predicts the picture: then the other encoder's
@@ -317,9 +345,9 @@ def test_overfits_one_batch_on_narrow_sdxl(sdxl, tmp_path):
     base = BaseModel(pipeline, sdxl.vision, "narrow SDXL")
     teacher, examples, conditions = predictor(base, init=InitConfig(layers="random"), seed=1)
     generator = torch.Generator().manual_seed(rng_of(run.seed, "noise", 0, 0).getrandbits(63))
-    noise, time = torch.randn(1, 4, 8, 8, generator=generator), torch.randint(1000, (1,), generator=generator)
+    drawn, time = torch.randn(1, 4, 8, 8, generator=generator), torch.randint(1000, (1,), generator=generator)
     with torch.no_grad(), teacher.attached():
-        goal = teacher(noise, time, conditions(examples[:1]))[0]
+        goal = teacher(drawn, time, conditions(examples[:1]))[0]
 
     frozen = {name: tensor.clone() for name, tensor in sdxl.unet.state_dict().items()}
     losses = []
@@ -339,30 +367,30 @@ class Killed(Exception):
 def test_a_killed_run_resumes_bit_exactly(request, tmp_path, family, accumulation):
     base = request.getfixturevalue(family)
     options = {
-        "steps": 6, "save_every": 3, "accumulation": accumulation, "encoder": replace(SMALL, learn_alpha=True),
+        "steps": 4, "save_every": 2, "accumulation": accumulation, "encoder": replace(SMALL, learn_alpha=True),
         "optimiser": OptimiserConfig(1e-3, 1e-3, warmup=2, ema=0.9, schedule="cosine"),
         "loss": LossConfig(drop_text=0.3, drop_subject=0.2, drop_both=0.1, mask_weight=3, min_snr_gamma=5),
     }  # fmt: skip
     straight = train(config(tmp_path / "straight", **options), base, Pictures())
 
     def kill(entry):
-        if entry["step"] == 4:
+        if entry["step"] == 3:
             raise Killed
 
     with pytest.raises(Killed):
         train(config(tmp_path / "killed", **options), base, Pictures(), kill)
     checkpoints = tmp_path / "killed" / "checkpoints"
-    (checkpoints / ".step-00000004.part").mkdir()  # one that was being written
-    (checkpoints / "step-00000005").mkdir()  # and one that lost its content
+    (checkpoints / ".step-00000003.part").mkdir()  # one that was being written
+    (checkpoints / "step-00000004").mkdir()  # and one that lost its content
     steps = []
     resumed = train(config(tmp_path / "killed", **options), base, Pictures(), lambda e: steps.append(e["step"]))
-    assert steps == [4, 5, 6]
+    assert steps == [3, 4]
     assert _content(resumed) == _content(straight)
     for name in ("model.safetensors", "optimizer.bin", "custom_checkpoint_1.pkl"):
-        one, other = (tmp_path / run / "checkpoints" / "step-00000006" / name for run in ("straight", "killed"))
+        one, other = (tmp_path / run / "checkpoints" / "step-00000004" / name for run in ("straight", "killed"))
         assert _content(one) == _content(other), name
     entries = [
-        [{**json.loads(line), "examples_per_second": 0} for line in (tmp_path / run / "metrics.jsonl").open()][-3:]
+        [{**json.loads(line), "examples_per_second": 0} for line in (tmp_path / run / "metrics.jsonl").open()][-2:]
         for run in ("straight", "killed")
     ]
     assert entries[0] == entries[1]
@@ -420,17 +448,17 @@ def test_bf16_samples_and_tensorboard(small, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
-def test_cached_pictures_are_encoded_once(small, tmp_path, kind, monkeypatch):
+def test_cached_pictures_are_encoded_once(small_there, device, tmp_path, kind):
     cache = make_cache(kind, 1.0, tmp_path)
-    frozen = FrozenEncoders(small, torch.device("cpu"), torch.float32, "penultimate", cache)
+    frozen = FrozenEncoders(small_there, device, torch.float32, "penultimate", cache)
     images = torch.stack([picture(i, size=32) for i in (0, 1, 0)])
-    calls = []
-    original = small.vision.features
-    monkeypatch.setattr(small.vision, "features", lambda x, which: calls.append(len(x)) or original(x, which))
-    first, second = frozen.features(images), frozen.features(images[1:])
-    assert calls == [2]
+    vision = small_there.vision
+    with mock.patch.object(vision, "features", wraps=vision.features) as encoded:
+        first, second = frozen.features(images), frozen.features(images[1:])
+    ((pictures, *_),) = (call.args for call in encoded.call_args_list)
+    assert len(pictures) == 2
     assert torch.equal(first[0], first[2]) and torch.equal(first[1:], second)
-    torch.testing.assert_close(first, original(images))
+    torch.testing.assert_close(first, vision.features(images.to(device)))
 
 
 def test_resume_is_checked(small, tmp_path):
