@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import NestedAttentionError
+from .faces import choose_face
 
 NEUTRAL = (0.48145466, 0.4578275, 0.40821073)
 """RGB painted where there is no subject: the mean colour of CLIP's training pictures. CLIP subtracts it before its
@@ -116,14 +117,24 @@ def crop_to_subject(image: Tensor, mask: Tensor | None = None, margin: float = 0
 
 
 def align_face(
-    image: Tensor, landmarks: Mapping[str, Any], margin: float = 0.0, size: int = 512
+    image: Tensor,
+    landmarks: Mapping[str, Any],
+    margin: float = 0.0,
+    size: int = 512,
+    *,
+    face: str = "largest",
+    number: int = 1,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The face of every view, upright and in the place FFHQ has it: what encoders trained on FFHQ-like faces expect.
 
     The geometry is that of CelebA-HQ (Karras et al. 2018, arXiv 1710.10196, appendix C), which FFHQ (arXiv 1812.04948)
     took over. With the centres of both eyes and of the mouth, e = eye to eye, m = between the eyes to the mouth:
     half-axis x = e - rot90(m), scaled to length max(2.0 |e|, 1.8 |m|); centre = between the eyes + 0.1 m. Using e and
-    m together keeps turned and tilted heads steady. The largest face of each view is taken.
+    m together keeps turned and tilted heads steady.
+
+    A view in which no face was found stays as it is. Between others, which are squares, that is its middle square; with
+    a mask the one around it, as `crop_to_subject` cuts it.
 
     Args:
         image: (B, H, W, 3 or 4), float, 0..1: the picture the landmarks were found in. One that was resized since is
@@ -132,13 +143,16 @@ def align_face(
             a face being {"landmarks_xy": (468 or 478, 2) pixels, "bbox_xyxy": (4,), "score": float, ...}.
         margin: 0 or more; added on each side, in sides of FFHQ's square.
         size: side of the result in pixels.
+        face, number: which one of several, as in `faces.choose_face`.
+        mask: as in `prepare`; only for views without a face.
 
     Returns:
         image (B, size, size, 3) and mask (B, size, size), fp32. Where the square leaves the picture the image
         continues in mirrored, quickly blurred colours, and the mask is 0; elsewhere it is 1 (or the image's alpha).
+        Without a face in any view: as `crop_to_subject` with a mask, else the image as it came.
 
     Raises:
-        NestedAttentionError: as `prepare`; no face in a view (names the view); landmarks of another picture or kind.
+        NestedAttentionError: as `prepare`; as `choose_face`; landmarks of another picture or kind.
     """
     margin = _checked_margin(margin)
     size = _checked_size(size)
@@ -147,9 +161,17 @@ def align_face(
         alpha = torch.ones_like(rgb[..., 0])
     else:
         rgb = _paint_outside(rgb, alpha)
-    faces = _largest_faces(landmarks, rgb.shape[0], rgb.shape[1], rgb.shape[2])
+    faces = _chosen_faces(landmarks, rgb.shape[0], rgb.shape[1], rgb.shape[2], face, number)
+    if not any(points is not None for points in faces):
+        return (rgb, alpha) if mask is None else crop_to_subject(image, mask, margin)
+    selected = _checked_mask(mask, rgb)
     images, masks = [], []
     for i, points in enumerate(faces):
+        if points is None:
+            square, cut = crop_to_subject(image[i : i + 1], None if selected is None else selected[i : i + 1], margin)
+            images.append(_resize(square[0], size).clamp(0, 1))
+            masks.append(_snap(_resize(cut[0, ..., None], size, mode="bilinear")[..., 0]))
+            continue
         centre, axis = _ffhq_square(points, i)
         picture = torch.cat((rgb[i], alpha[i, ..., None]), dim=-1)
         sampled, inside = _sample_square(picture, centre, axis * (1 + 2 * margin), size)
@@ -397,8 +419,10 @@ def _snap(mask: Tensor) -> Tensor:
 # --- faces -----------------------------------------------------------------------------------------------------------
 
 
-def _largest_faces(landmarks: Mapping[str, Any], batch: int, height: int, width: int) -> list[Tensor]:
-    """The host's payload -> mesh points of the largest face of each view, (P, 2) fp64, in pixels of these images."""
+def _chosen_faces(
+    landmarks: Mapping[str, Any], batch: int, height: int, width: int, face: str, number: int
+) -> list[Tensor | None]:
+    """The host's payload -> each view's face: mesh points (P, 2), fp64, in pixels of these images; or None."""
     if not isinstance(landmarks, Mapping) or not isinstance(landmarks.get("frames"), Sequence):
         keys = f" with the keys {sorted(map(str, landmarks))}" if isinstance(landmarks, Mapping) else ""
         raise NestedAttentionError(
@@ -419,15 +443,8 @@ def _largest_faces(landmarks: Mapping[str, Any], batch: int, height: int, width:
             "another shape, so another crop. Connect the same images to the face detector and here."
         )
     scale = torch.tensor((scale_x, scale_y), dtype=torch.float64)
-    faces = []
-    for i, frame in enumerate(frames):
-        if not frame:
-            raise NestedAttentionError(
-                f"No face was found in image {i + 1} of {batch}. Lower min_confidence or choose the variant "
-                '"both" in Detect Face Landmarks, use another photo, or disconnect the landmarks and use a mask.'
-            )
-        faces.append(max((_mesh(face, i) for face in frame), key=_extent) * scale)
-    return faces
+    meshes = [[_mesh(found, i) * scale for found in frame] for i, frame in enumerate(frames)]
+    return [choose_face(found, face, number, i) if found else None for i, found in enumerate(meshes)]
 
 
 def _mesh(face: Mapping[str, Any], view: int) -> Tensor:
@@ -447,11 +464,6 @@ def _mesh(face: Mapping[str, Any], view: int) -> Tensor:
             f"A face of image {view + 1} has landmarks that are not numbers (NaN or infinite). Detect it again."
         )
     return mesh
-
-
-def _extent(mesh: Tensor) -> float:
-    """Area of the bounding box of the points (the host's bbox_xyxy is the same box)."""
-    return float((mesh.amax(dim=0) - mesh.amin(dim=0)).prod())
 
 
 def _rot90(vector: Tensor) -> Tensor:
