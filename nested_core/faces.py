@@ -1,4 +1,4 @@
-"""The square that an aligned face is cut by, from the face mesh of a detector, as FFHQ's pictures were made."""
+"""Aligned faces: which face of a photo, the square it is cut by (FFHQ's), and what such a crop looks like."""
 
 from __future__ import annotations
 
@@ -10,7 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import NestedAttentionError
-from .images import checked_image, checked_margin, checked_size, paint_outside, resize, snap
+from .images import (
+    checked_image,
+    checked_margin,
+    checked_size,
+    crop_to_subject,
+    fitted_mask,
+    paint_outside,
+    resize,
+    snap,
+)
+
+CHOICES = ("largest", "first", "number")
+"""Which of several faces: the one with the largest mesh; the one the detector is surest of, which it names first (what
+the public release takes); or by its number, counted from the left of the picture."""
+
+ALIGNED_SIDE = 512
+"""Of the crops that the public release was trained on."""
+_NEAR = 1.5  # a crop that was resized a little is still a crop; of a picture beyond that factor it is unlikely
 
 # Points of MediaPipe's face mesh. The six points per eye are those of the 68-point scheme that FFHQ was aligned with:
 # both corners, two on the upper and two on the lower lid. The irises (468..477) are left out: they follow the gaze.
@@ -22,14 +39,24 @@ _MESH_POINTS = (468, 478)
 
 
 def align_face(
-    image: Tensor, landmarks: Mapping[str, Any], margin: float = 0.0, size: int = 512
+    image: Tensor,
+    landmarks: Mapping[str, Any],
+    margin: float = 0.0,
+    size: int = 512,
+    *,
+    face: str = "largest",
+    number: int = 1,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The face of every view, upright and in the place FFHQ has it: what encoders trained on FFHQ-like faces expect.
 
     The geometry is that of CelebA-HQ (Karras et al. 2018, arXiv 1710.10196, appendix C), which FFHQ (arXiv 1812.04948)
     took over. With the centres of both eyes and of the mouth, e = eye to eye, m = between the eyes to the mouth:
     half-axis x = e - rot90(m), scaled to length max(2.0 |e|, 1.8 |m|); centre = between the eyes + 0.1 m. Using e and
-    m together keeps turned and tilted heads steady. The largest face of each view is taken.
+    m together keeps turned and tilted heads steady.
+
+    A view in which no face was found stays as it is. Between others, which are squares, that is its middle square; with
+    a mask the one around it, as `crop_to_subject` cuts it.
 
     Args:
         image: (B, H, W, 3 or 4), float, 0..1: the picture the landmarks were found in. One that was resized since is
@@ -38,13 +65,16 @@ def align_face(
             a face being {"landmarks_xy": (468 or 478, 2) pixels, "bbox_xyxy": (4,), "score": float, ...}.
         margin: 0 or more; added on each side, in sides of FFHQ's square.
         size: side of the result in pixels.
+        face, number: which one of several, as in `choose_face`.
+        mask: as in `prepare`; only for views without a face.
 
     Returns:
         image (B, size, size, 3) and mask (B, size, size), fp32. Where the square leaves the picture the image
         continues in mirrored, quickly blurred colours, and the mask is 0; elsewhere it is 1 (or the image's alpha).
+        Without a face in any view: as `crop_to_subject` with a mask, else the image as it came.
 
     Raises:
-        NestedAttentionError: as `prepare`; no face in a view (names the view); landmarks of another picture or kind.
+        NestedAttentionError: as `prepare`; as `choose_face`; landmarks of another picture or kind.
     """
     margin = checked_margin(margin)
     size = checked_size(size)
@@ -53,10 +83,18 @@ def align_face(
         alpha = torch.ones_like(rgb[..., 0])
     else:
         rgb = paint_outside(rgb, alpha)
-    faces = _largest_faces(landmarks, rgb.shape[0], rgb.shape[1], rgb.shape[2])
+    faces = _chosen_faces(landmarks, rgb.shape[0], rgb.shape[1], rgb.shape[2], face, number)
+    if not any(points is not None for points in faces):
+        return (rgb, alpha) if mask is None else crop_to_subject(image, mask, margin)
+    selected = fitted_mask(mask, rgb)
     images, masks = [], []
     for i, points in enumerate(faces):
-        centre, axis = _ffhq_square(points, i)
+        if points is None:
+            square, cut = crop_to_subject(image[i : i + 1], None if selected is None else selected[i : i + 1], margin)
+            images.append(resize(square[0], size).clamp(0, 1))
+            masks.append(snap(resize(cut[0, ..., None], size, mode="bilinear")[..., 0]))
+            continue
+        centre, axis = ffhq_square(points, i)
         picture = torch.cat((rgb[i], alpha[i, ..., None]), dim=-1)
         sampled, inside = _sample_square(picture, centre, axis * (1 + 2 * margin), size)
         images.append(sampled[..., :3])
@@ -64,8 +102,67 @@ def align_face(
     return torch.stack(images), torch.stack(masks)
 
 
-def _largest_faces(landmarks: Mapping[str, Any], batch: int, height: int, width: int) -> list[Tensor]:
-    """The host's payload -> mesh points of the largest face of each view, (P, 2) fp64, in pixels of these images."""
+def choose_face(faces: Sequence[Tensor], choice: str, number: int, view: int) -> Tensor:
+    """One face of a view.
+
+    Args:
+        faces: their meshes (P, 2), in pixels, in the detector's order. At least one.
+        choice: of `CHOICES`.
+        number: for "number": 1 is the leftmost.
+        view: which picture it is, from 0: for the message.
+
+    Raises:
+        NestedAttentionError: an unknown choice; a number that the view has no face for.
+    """
+    if choice == "largest":
+        return max(faces, key=_extent)
+    if choice == "first":
+        return faces[0]
+    if choice != "number":
+        raise NestedAttentionError(f'face must be one of {", ".join(CHOICES)}; got "{choice}".')
+    if not 1 <= number <= len(faces):
+        raise NestedAttentionError(
+            f"Face {number} of image {view + 1} is asked for, and {len(faces)} came with it. Set num_faces to 0 (all "
+            "faces) in Detect Face Landmarks, lower its min_confidence, or choose another number."
+        )
+    return sorted(faces, key=lambda mesh: float(mesh[:, 0].mean()))[number - 1]
+
+
+def describe_faces(counts: Sequence[int], choice: str, number: int) -> str:
+    """What became of each view, in words.
+
+    counts: how many faces were found in each view.
+    """
+    lines = []
+    for view, count in enumerate(counts):
+        where = f" in image {view + 1} of {len(counts)}" if len(counts) > 1 else ""
+        if not count:
+            lines.append(
+                f"No face found{where}: the photo goes on as it is. To find one, lower min_confidence or set "
+                'detector_variant to "both" in Detect Face Landmarks, or use a clearer photo.'
+            )
+        elif count > 1:
+            taken = {"largest": "the largest", "first": "the surest"}.get(choice, f"number {number} from the left")
+            lines.append(f"{count} faces{where}: {taken} is taken.")
+    return "\n".join(lines) or ("Turned upright." if len(counts) == 1 else f"{len(counts)} faces, turned upright.")
+
+
+def unlike_aligned(height: int, width: int) -> str:
+    """Why a picture of this size is hardly an aligned crop, in words; empty if it may well be one.
+
+    Only the size is looked at: an aligned crop is a square of 512 pixels, a photo or a rendered picture mostly is not.
+    """
+    if height != width:
+        return f"it is {width} x {height}, not square"
+    if not ALIGNED_SIDE / _NEAR <= height <= ALIGNED_SIDE * _NEAR:
+        return f"it is {width} x {height}, not about {ALIGNED_SIDE} x {ALIGNED_SIDE}"
+    return ""
+
+
+def _chosen_faces(
+    landmarks: Mapping[str, Any], batch: int, height: int, width: int, face: str, number: int
+) -> list[Tensor | None]:
+    """The host's payload -> each view's face: mesh points (P, 2), fp64, in pixels of these images; or None."""
     if not isinstance(landmarks, Mapping) or not isinstance(landmarks.get("frames"), Sequence):
         keys = f" with the keys {sorted(map(str, landmarks))}" if isinstance(landmarks, Mapping) else ""
         raise NestedAttentionError(
@@ -86,15 +183,8 @@ def _largest_faces(landmarks: Mapping[str, Any], batch: int, height: int, width:
             "another shape, so another crop. Connect the same images to the face detector and here."
         )
     scale = torch.tensor((scale_x, scale_y), dtype=torch.float64)
-    faces = []
-    for i, frame in enumerate(frames):
-        if not frame:
-            raise NestedAttentionError(
-                f"No face was found in image {i + 1} of {batch}. Lower min_confidence or choose the variant "
-                '"both" in Detect Face Landmarks, use another photo, or disconnect the landmarks and use a mask.'
-            )
-        faces.append(max((_mesh(face, i) for face in frame), key=_extent) * scale)
-    return faces
+    meshes = [[_mesh(found, i) * scale for found in frame] for i, frame in enumerate(frames)]
+    return [choose_face(found, face, number, i) if found else None for i, found in enumerate(meshes)]
 
 
 def _mesh(face: Mapping[str, Any], view: int) -> Tensor:
@@ -126,7 +216,7 @@ def _rot90(vector: Tensor) -> Tensor:
     return torch.stack((-vector[1], vector[0]))
 
 
-def _ffhq_square(points: Tensor, view: int) -> tuple[Tensor, Tensor]:
+def ffhq_square(points: Tensor, view: int) -> tuple[Tensor, Tensor]:
     """(P, 2) mesh points -> centre (2,) and half-axis (2,) of FFHQ's square, in pixels (x, y)."""
     eye_left, eye_right = points[list(_EYE_LEFT)].mean(dim=0), points[list(_EYE_RIGHT)].mean(dim=0)
     mouth = (points[_MOUTH_LEFT] + points[_MOUTH_RIGHT]) / 2

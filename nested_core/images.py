@@ -51,7 +51,7 @@ def prepare(
         raise NestedAttentionError(f'fit must be "crop" or "pad", got {fit!r}.')
     size = checked_size(size)
     rgb, alpha = checked_image(image)
-    selected = _combine(_checked_mask(mask, rgb), alpha)
+    selected = _combine(fitted_mask(mask, rgb), alpha)
     if selected is not None:
         rgb = paint_outside(rgb, selected)
     height, width = rgb.shape[1:3]
@@ -91,7 +91,7 @@ def crop_to_subject(image: Tensor, mask: Tensor | None = None, margin: float = 0
     rgb, alpha = checked_image(image)
     if alpha is not None:
         rgb = paint_outside(rgb, alpha)
-    selected = _combine(_checked_mask(mask, rgb), alpha)
+    selected = _combine(fitted_mask(mask, rgb), alpha)
     height, width = rgb.shape[1:3]
     squares = [
         _square(None if selected is None else _region(selected[i]), height, width, margin) for i in range(rgb.shape[0])
@@ -179,7 +179,7 @@ def checked_image(image: Tensor) -> tuple[Tensor, Tensor | None]:
     return image[..., :3], alpha
 
 
-def _checked_mask(mask: Tensor | None, rgb: Tensor) -> Tensor | None:
+def fitted_mask(mask: Tensor | None, rgb: Tensor) -> Tensor | None:
     """As `checked_mask` takes it, for 1 or B images and black in none of them -> (B, H, W) at the image's size."""
     if mask is None:
         return None
@@ -342,6 +342,3 @@ def snap(mask: Tensor) -> Tensor:
     """Makes 0 and 1 exact again after resampling: a pixel that is selected is to be shown as it is, bit for bit."""
     mask = torch.where(mask > 1 - 1e-5, torch.ones_like(mask), mask)
     return torch.where(mask < 1e-5, torch.zeros_like(mask), mask)
-
-
-# --- faces -----------------------------------------------------------------------------------------------------------

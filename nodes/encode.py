@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from comfy_api.v0_0_2 import io
 
+from ..nested_core.encoder import EncoderConfig
 from ..nested_core.errors import NestedAttentionError
+from ..nested_core.faces import unlike_aligned
 from ..nested_core.hosts.comfy.unet import encode_tokens, vision_features
 from ..nested_core.hosts.comfy.values import HostEncoder, HostSubject, ReferenceView
 from ..nested_core.images import content_hash, prepare
 from ..nested_core.subject import Subject, merge_subjects, validate_class_word, validate_placeholder
+from .show import show_text
 from .types import CATEGORY, NestedEncoder, NestedSubject
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,29 @@ def _warn_of_many_views(views: int, tokens: int, encoder: HostEncoder) -> None:
             "differ.",
             views, f"{tokens:,}", gigabytes,
         )  # fmt: skip
+
+
+_RELEASE = EncoderConfig()  # its defaults are the public release's
+
+
+def _look_at_crops(image: torch.Tensor, encoder: HostEncoder) -> str:
+    """A line about whether `image` may be what a face encoder of the public release's sizes was trained on.
+
+    A hint and no more: an encoder of these sizes may have been trained on something else. Empty for other encoders.
+    """
+    sizes = [(c.kind, c.family, c.tokens, c.token_dim, c.feature_dim) for c in (encoder.config, _RELEASE)]
+    if sizes[0] != sizes[1]:
+        return ""
+    unlike = unlike_aligned(image.shape[1], image.shape[2])
+    if not unlike:
+        return f"{image.shape[2]} x {image.shape[1]}, as aligned crops are."
+    photo = "This photo does" if len(image) == 1 else "These photos do"
+    hint = (
+        f"{photo} not look like an aligned face ({unlike}), which the public encoder was trained on: the likeness may "
+        "be poor. Put Detect Face Landmarks and Crop Subject in front, as the template first_portrait has them."
+    )
+    log.warning("Encode Subject: %s", hint)
+    return hint
 
 
 class NestedEncodeSubject(io.ComfyNode):
@@ -85,6 +111,7 @@ class NestedEncodeSubject(io.ComfyNode):
                 NestedSubject.Output(display_name="subject", tooltip="For Apply Subject, Merge or Save Subject."),
                 io.Image.Output(display_name="seen", tooltip="The squares that the encoder was shown."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -118,7 +145,8 @@ class NestedEncodeSubject(io.ComfyNode):
             },
         )
         views = tuple(ReferenceView(seen[i : i + 1], features[i : i + 1]) for i in range(len(seen)))
-        return io.NodeOutput(HostSubject(encoder, subject, views), seen)
+        hint = _look_at_crops(image, encoder)
+        return io.NodeOutput(HostSubject(encoder, subject, views), seen, ui=show_text(cls, hint) if hint else None)
 
 
 _VIEWS = [f"subject_{i}" for i in range(1, 17)]

@@ -15,6 +15,7 @@ from .browser import browser, frontend, lay_out, load, load_and_run, open_help, 
 from .environment import say
 from .paths import REPO, STATE
 from .server import Server
+from .upright import upright_faces
 from .workflows.making import WORKFLOWS, made
 from .workflows.template import CLIP, ENCODER, MODEL, VISION, Template
 
@@ -36,7 +37,6 @@ SHOWN: dict[str, tuple[str, list[str]]] = {
     "NestedGridValues": ("strength_identity_grid", ["Grid Values", "Apply Subject (Advanced)"]),
     "NestedApplySubjectAdvanced": ("strength_identity_grid", ["Apply Subject (Advanced)"]),
     "NestedPictureGrid": ("strength_identity_grid", ["Picture Grid", "Save Image"]),
-    "NestedCropSubject": ("crop", ["Crop Subject", "What was cut out", "Picture, with the place painted as its mask"]),
     "NestedAdjustSubject": ("adjust", ["Apply Subject", "Adjust Subject"]),
     "NestedShowBinding": ("binding", ["Prompt with <person>", "Show Binding"]),
 }
@@ -51,15 +51,6 @@ def encode(t: Template) -> None:
     t.encode("subject", ("photo", "IMAGE"), "<person>", "person")
     t.column(260)
     t.node("seen", "PreviewImage", "What the encoder sees", height=290, images=("subject", "seen"))
-
-
-def crop(t: Template) -> None:
-    t.column(300)
-    t.photo("photo", "Picture, with the place painted as its mask")
-    t.column(300)
-    t.node("crop", "NestedCropSubject", image=("photo", "IMAGE"), mask=("photo", "MASK"), widgets={"margin": 0.1})
-    t.column(260)
-    t.node("cropped", "PreviewImage", "What was cut out", height=290, images=("crop", "image"))
 
 
 def _applied(t: Template) -> None:
@@ -105,7 +96,7 @@ def all_nodes(t: Template) -> None:
             t.node(kind, kind, widgets=files.get(kind))
 
 
-_OWN = {f.__name__: f for f in (encode, crop, adjust, binding)}
+_OWN = {f.__name__: f for f in (encode, adjust, binding)}
 
 
 def help_pictures(page: Page, server: Server) -> None:
@@ -128,6 +119,8 @@ def help_pictures(page: Page, server: Server) -> None:
 def take(host: Path) -> None:
     """All of them."""
     FRONTEND.mkdir(parents=True, exist_ok=True)
+    for picture in (HELP / "NestedCropSubject.jpg", REPO / "docs" / "images" / "upright_faces.jpg"):
+        upright_faces(picture)
     packs = small_world.link_packs(host)
     small_world.provide_models(STATE / "models")
     first = json.loads((WORKFLOWS / "first_portrait.json").read_text("utf-8"))

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from demo import world
 from demo.shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, VISION, WEIGHTS
@@ -25,6 +27,7 @@ from .paths import REPO
 
 SIZE = world.SIZE
 EXTENSION = "nested-attention-small-world"
+FACE_DETECTOR = "small_world_finds_no_face.safetensors"
 _FOLDERS = {
     CHECKPOINT: "checkpoints", VISION: "clip_vision", ENCODER: "nested_attention", CONTROLNET: "controlnet",
     LORA: "loras",
@@ -50,10 +53,28 @@ def provide_models(models: Path, weights: Path = WEIGHTS) -> dict[str, str]:
         placed.parent.mkdir(parents=True, exist_ok=True)
         with whole(placed) as part:
             shutil.copyfile(shipped, part)
+    _provide_face_detector(models / "detection" / FACE_DETECTOR)
     return {
         "ckpt_name": CHECKPOINT, "clip_name": VISION, "encoder_name": ENCODER, "control_net_name": CONTROLNET,
         "lora_name": LORA,
     }  # fmt: skip
+
+
+def _provide_face_detector(path: Path) -> None:
+    """Weights for the host's own face detector with which it finds no face: this world has none that it could know.
+
+    It loads what a file has and leaves the rest as it began, so these few tensors decide.
+    """
+    heads = {"detector_short.cls_16": (2, 88, 1, 1), "detector_short.cls_8": (6, 96, 1, 1),
+             "detector_full.cls_dw": (4, 1, 3, 3)}  # fmt: skip
+    parts = ["face_oval", "left_eye", "right_eye", "left_eyebrow", "right_eyebrow", "lips", "irises", "nose"]
+    tensors = {f"topology.{part}": torch.zeros(0, 2, dtype=torch.int32) for part in parts}
+    tensors |= {name: torch.zeros(0) for name in ("canonical_vertices", "procrustes_indices", "procrustes_weights")}
+    for head, shape in heads.items():
+        tensors |= {f"{head}.weight": torch.zeros(shape), f"{head}.bias": torch.full(shape[:1], -100.0)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as part:
+        save_file(tensors, part)
 
 
 def held_out_figures(seed: int, count: int, kind: str | None = None) -> list[world.Figure]:
@@ -113,6 +134,7 @@ _WIDGETS: dict[str, dict[str, Any]] = {
     "CheckpointLoaderSimple": {"ckpt_name": CHECKPOINT},
     "CLIPVisionLoader": {"clip_name": VISION},
     "NestedEncoderLoader": {"encoder_name": ENCODER},
+    "LoadMediaPipeFaceLandmarker": {"model_name": FACE_DETECTOR},
     "ControlNetLoader": {"control_net_name": CONTROLNET},
     "LoraLoader": {"lora_name": LORA, "strength_model": 1.0},
     "NestedEncodeSubject": {"class_word": lambda word: _WORDS[word]},
@@ -166,11 +188,13 @@ def _pictures_by_title(folder: Path) -> dict[str, str]:
     scene = world.render([other], "city", "flat", random.Random("pose"))
     scene.image.save(folder / "pose.png")
     scene = world.render([other], "desert", "flat", random.Random("to inpaint"))
-    painted = Image.fromarray((scene.regions == 0).astype("uint8") * 255)  # a picture's mask is where it is clear
-    scene.image.putalpha(painted)
-    scene.image.save(folder / "to_inpaint.png")
+    for picture, name in ((scene, "to_inpaint.png"), (portrait(robot, 1), "face_painted.png")):
+        painted = Image.fromarray((picture.regions == 0).astype("uint8") * 255)  # a picture's mask is where it is clear
+        picture.image.putalpha(painted)
+        picture.image.save(folder / name)
     return {
         "Photo of your subject": views.images[0],
+        "Photo, with the face painted as its mask": "face_painted.png",
         "Photo of <anna>": first.images[0],
         "Photo of <ben>": views.images[0],
         **{f"View {i + 1}": name for i, name in enumerate(views.images)},

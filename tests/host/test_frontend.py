@@ -148,16 +148,21 @@ def test_models_can_be_downloaded_from_where_they_are_missing(page, name):
         for model in offered.values():
             assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(".safetensors")
             assert model["directory"] in {
-                "checkpoints", "nested_attention", "clip_vision", "controlnet", "loras",
+                "checkpoints", "nested_attention", "clip_vision", "controlnet", "detection", "loras",
             }  # fmt: skip
 
 
 def test_the_missing_models_are_offered(page, server):
     browser.load(page, workflow("first_portrait"), "first_portrait")
     page.get_by_text("View details").click()
-    for name in ("sd_xl_base_1.0.safetensors", "CLIP-ViT-H-14", "NestedAttentionEncoder.safetensors"):
+    for name in (
+        "sd_xl_base_1.0.safetensors",
+        "CLIP-ViT-H-14",
+        "NestedAttentionEncoder.safetensors",
+        "mediapipe_face_fp32",
+    ):
         page.get_by_text(name).first.wait_for()
-    assert page.get_by_role("button", name="Download").count() >= 3
+    assert page.get_by_role("button", name="Download").count() >= 4
 
 
 def test_the_host_lists_the_templates_with_their_pictures(server):

@@ -489,7 +489,6 @@ def test_bad_landmarks_are_refused_in_words(photo: Tensor) -> None:
     nan = mesh.copy()
     nan[3] = np.nan
     cases: list[tuple[Any, list[str]]] = [
-        (landmarks([mesh], []), ["No face", "image 2 of 2", "min_confidence", "another photo"]),
         (landmarks([mesh]), ["2 image(s)", "landmarks of 1", "same images"]),
         (landmarks([mesh], [mesh], height=400), ["512x400", "512x512", "same images"]),
         (landmarks([mesh], [mesh[:68]]), ["image 2", "(68, 2)", "(478, 2)"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .template import CLIP, ENCODER, MODEL, VISION, Template
+from .template import CLIP, ENCODER, FACE, MODEL, VISION, Template
 
 
 def subject(t: Template) -> list[tuple[str, ...]]:
@@ -24,6 +24,27 @@ def subject(t: Template) -> list[tuple[str, ...]]:
     return [
         ("encoder", "encoder_name"), ("tower", "clip_name"), ("subject", "placeholder"), ("subject", "class_word"),
         ("apply", "strength"),
+    ]  # fmt: skip
+
+
+def face(t: Template) -> list[tuple[str, ...]]:
+    t.column(330)
+    t.node("encoder", "NestedEncoderLoader", widgets={"encoder_name": ENCODER})
+    t.node("tower", "CLIPVisionLoader", widgets={"clip_name": VISION})
+    t.node("detector", "LoadMediaPipeFaceLandmarker", widgets={"model_name": FACE})
+    t.column(330)
+    t.node("checkpoint", "CheckpointLoaderSimple")
+    t.node("photo", "LoadImage")
+    t.encode("subject", t.face("face", "photo"), "<person>", "person")
+    t.apply("apply", ("subject", "subject"), MODEL, CLIP)
+    t.column(330)
+    t.prompts(("apply", "clip"), "")
+    t.size()
+    t.sampler(("apply", "model"))
+    t.node("seen", "PreviewImage", images=("subject", "seen"))
+    return [
+        ("encoder", "encoder_name"), ("tower", "clip_name"), ("detector", "model_name", "face_detection_model"),
+        ("face", "face"), ("subject", "placeholder"), ("subject", "class_word"), ("apply", "strength"),
     ]  # fmt: skip
 
 
@@ -54,6 +75,9 @@ def two_subjects_in_one(t: Template) -> list[tuple[str, ...]]:
 #: File and title: (graph around it, what is inside).
 ENCLOSED: dict[str, tuple[Callable[[Template], list[tuple[str, ...]]], list[str]]] = {
     "Your Subject (Nested Attention)": (subject, ["encoder", "tower", "subject", "apply"]),
+    "Your Face (Nested Attention)": (
+        face, ["encoder", "tower", "detector", "face_found", "face", "subject", "apply"],
+    ),
     "Two Subjects (Nested Attention)": (
         two_subjects_in_one, ["encoder", "tower", "anna", "ben", "apply_anna", "apply_ben"],
     ),

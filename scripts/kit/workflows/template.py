@@ -14,6 +14,7 @@ _HUB = "https://huggingface.co"
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
 ENCODER = "NestedAttentionEncoder.safetensors"
 VISION = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
+FACE = "mediapipe_face_fp32.safetensors"
 CONTROLNET = "control-lora-canny-rank128.safetensors"
 LORA = "sd_xl_offset_example-lora_1.0.safetensors"
 _SDXL = f"{_HUB}/stabilityai/stable-diffusion-xl-base-1.0/resolve/main"
@@ -25,6 +26,7 @@ MODELS = {
         f"{_HUB}/orpatashnik/NestedAttentionEncoder/resolve/main/personalization_encoder/model.safetensors",
     ),
     VISION: ("clip_vision", f"{_HUB}/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors"),
+    FACE: ("detection", f"{_HUB}/Comfy-Org/mediapipe/resolve/main/detection/{FACE}"),
     CONTROLNET: (
         "controlnet", f"{_HUB}/stabilityai/control-lora/resolve/main/control-LoRAs-rank128/{CONTROLNET}",
     ),
@@ -107,16 +109,32 @@ class Template:
 
     # -- pieces that most graphs have --
 
-    def loaders(self, encoder: bool = True, vision: bool = True) -> None:
+    def loaders(self, checkpoint: bool = True, photo: bool = True, face: bool = True) -> None:
+        """The models. photo: whether a photo is encoded; face: whether a face is found in it."""
         self.group("Models")
-        self.node("checkpoint", "CheckpointLoaderSimple", widgets={"ckpt_name": CHECKPOINT})
-        if encoder:
-            self.node("encoder", "NestedEncoderLoader", widgets={"encoder_name": ENCODER})
-        if vision:
+        if checkpoint:
+            self.node("checkpoint", "CheckpointLoaderSimple", widgets={"ckpt_name": CHECKPOINT})
+        self.node("encoder", "NestedEncoderLoader", widgets={"encoder_name": ENCODER})
+        if photo:
             self.node("tower", "CLIPVisionLoader", widgets={"clip_name": VISION})
+        if photo and face:
+            self.node("detector", "LoadMediaPipeFaceLandmarker", widgets={"model_name": FACE})
 
     def photo(self, key: str, title: str, height: int = 330) -> None:
         self.node(key, "LoadImage", title, height=height, widgets={"image": "example.png"})
+
+    def face(self, key: str, photo: str, of: str = "") -> Link:
+        """The face in a photo, upright, as the public encoder was trained on faces; `key` is its node's."""
+        self.node(
+            f"{key}_found", "MediaPipeFaceLandmarker", f"Find the face of {of}" if of else "",
+            widgets={"detector_variant": "both", "num_faces": 0},
+            face_detection_model=("detector", "FACE_DETECTION_MODEL"), image=(photo, "IMAGE"),
+        )  # fmt: skip
+        self.node(
+            key, "NestedCropSubject", f"Crop {of}" if of else "", image=(photo, "IMAGE"),
+            face_landmarks=(f"{key}_found", "face_landmarks"),
+        )  # fmt: skip
+        return key, "image"
 
     def encode(self, key: str, photo: Link, placeholder: str, class_word: str, title: str = "", **more: Any) -> None:
         self.node(
@@ -170,8 +188,22 @@ class Template:
         self.group(picture_group)
         self.save(height=440)
 
+    def face_note(self) -> None:
+        self.note(
+            "Faces",
+            "The public encoder knows **faces that are cut out and upright**. Detect Face Landmarks and **Crop "
+            "Subject** do that. With no face found the photo goes on as it is, and Crop Subject says so.\n\n"
+            "- **Red nodes?** This ComfyUI has no face detection yet. Update it; or delete what is red, paint the face "
+            "(right click on the photo, *Open in Mask Editor*), connect the photo's *MASK* with Crop Subject, and set "
+            "*margin* to 0.3. Template *portrait_by_hand* has it so.\n"
+            "- **No face at all**, with an encoder for pets or things: connect the photo with **Encode Subject**.",
+            600,
+        )
+
     def files_note(self) -> None:
-        """The note that says which files the graph loads, with links."""
+        """The note that says which files the graph loads, with links; before it the one about faces, if it needs it."""
+        if "detector" in self.keys:
+            self.face_note()
         loaded = {value for c in self.columns for item in c["items"] for value in item.get("widgets", {}).values()
                   if isinstance(value, str)}  # fmt: skip
         lines = []

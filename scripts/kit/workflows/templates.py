@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .template import CLIP, CONTROLNET, ENCODER, LORA, MODEL, POSITIVE, VISION, Template
+from .template import CLIP, CONTROLNET, LORA, MODEL, POSITIVE, Template
 
 
 def first_portrait(t: Template) -> None:
     t.column(370)
     t.loaders()
+    t.column(330)
     t.group("1. Your subject")
     t.photo("photo", "Photo of your subject")
+    face = t.face("face", "photo")
     t.column(320)
     t.group("Bind it to its word")
-    t.encode("subject", ("photo", "IMAGE"), "<person>", "person")
+    t.encode("subject", face, "<person>", "person")
     t.apply("apply", ("subject", "subject"), MODEL, CLIP)
     t.node("seen", "PreviewImage", "What the encoder sees", height=290, images=("subject", "seen"))
     t.picture(
@@ -24,9 +26,9 @@ def first_portrait(t: Template) -> None:
     )  # fmt: skip
     t.note(
         "How to use this",
-        "1. **Load a photo of your subject**: one face (or one thing), large and clear.\n"
+        "1. **Load a photo of your subject**, with a clear face. Of several faces the largest is taken.\n"
         "2. **Write <person> in the prompt** where the subject belongs. Everything else works as always.\n"
-        "3. **Run, and look at *What the encoder sees***: is all of it there?\n\n"
+        "3. **Run, and look at *What the encoder sees***: the whole face should be there, upright and large.\n\n"
         "Another word than <person>, or a dog: change *placeholder* and *class_word* in **Encode Subject**.",
         600,
     )  # fmt: skip
@@ -34,10 +36,47 @@ def first_portrait(t: Template) -> None:
         "If the picture is not right",
         "- **Too little likeness**: *strength* up to 1.5, or a photo in which the face is larger.\n"
         "- **The prompt is ignored**: *strength* 0.7, or *start_percent* 0.1.\n"
-        "- **The encoder sees too little of the subject**: *fit* to *pad*, or **Crop Subject** before **Encode "
-        "Subject**.\n"
+        "- **The encoder sees the wrong face**: in **Crop Subject** *face* to *number*, counted from the left.\n"
         '- **"No positive prompt mentions <person>"**: the prompt needs that word, and the *clip* that comes out of '
         "**Apply Subject**.",
+        560,
+    )  # fmt: skip
+    t.files_note()
+
+
+def portrait_by_hand(t: Template) -> None:
+    """For hosts that find no faces."""
+    t.column(370)
+    t.loaders(face=False)
+    t.column(330)
+    t.group("1. Your subject")
+    t.photo("photo", "Photo, with the face painted as its mask")
+    t.node("face", "NestedCropSubject", widgets={"margin": 0.3}, image=("photo", "IMAGE"), mask=("photo", "MASK"))
+    t.column(320)
+    t.group("Bind it to its word")
+    t.encode("subject", ("face", "image"), "<person>", "person")
+    t.apply("apply", ("subject", "subject"), MODEL, CLIP)
+    t.node("seen", "PreviewImage", "What the encoder sees", height=290, images=("subject", "seen"))
+    t.picture(
+        ("apply", "model"), ("apply", "clip"), "a photo of <person> in a garden, soft light",
+        "Prompt with <person>", 330, "2. Your prompt", "3. Your picture",
+    )  # fmt: skip
+    t.note(
+        "How to use this",
+        "For a ComfyUI without face detection (0.18.2 has none, 0.30.0 has it), and for faces that it does not "
+        "find.\n\n"
+        "1. **Load a photo, and paint the face**: right click on it, *Open in Mask Editor*; from the hairline to the "
+        "chin, from ear to ear. Save.\n"
+        "2. **Write <person> in the prompt** where the subject belongs.\n"
+        "3. **Run, and look at *What the encoder sees***: the face, with hair and chin, in the middle.\n\n"
+        "A tilted head stays tilted: turn the photo upright first.",
+        640,
+    )  # fmt: skip
+    t.note(
+        "If the picture is not right",
+        "- **The face is small in what the encoder sees**: *margin* down. **Hair or chin are cut off**: up.\n"
+        "- **Too little likeness**: *strength* up to 1.5, or a photo in which the face is larger.\n"
+        '- **"The mask is empty"**: nothing is painted yet.',
         560,
     )  # fmt: skip
     t.files_note()
@@ -49,11 +88,11 @@ def two_subjects(t: Template) -> None:
     t.column(330)
     t.group("1. The first subject")
     t.photo("photo_anna", "Photo of <anna>")
-    t.encode("anna", ("photo_anna", "IMAGE"), "<anna>", "woman", "Encode <anna>")
+    t.encode("anna", t.face("face_anna", "photo_anna", "<anna>"), "<anna>", "woman", "Encode <anna>")
     t.column(330)
     t.group("1. The second subject")
     t.photo("photo_ben", "Photo of <ben>")
-    t.encode("ben", ("photo_ben", "IMAGE"), "<ben>", "man", "Encode <ben>")
+    t.encode("ben", t.face("face_ben", "photo_ben", "<ben>"), "<ben>", "man", "Encode <ben>")
     t.column(330)
     t.group("One after the other")
     t.apply("apply_anna", ("anna", "subject"), MODEL, CLIP, "Apply <anna>")
@@ -91,9 +130,12 @@ def several_views(t: Template) -> None:
     for number in (1, 2, 3):
         t.photo(f"photo{number}", f"View {number}")
     t.column(320)
+    t.group("The face of each")
+    faces = [t.face(f"face{number}", f"photo{number}", f"view {number}") for number in (1, 2, 3)]
+    t.column(320)
     t.group("Each is encoded")
-    for number in (1, 2, 3):
-        t.encode(f"view{number}", (f"photo{number}", "IMAGE"), "<person>", "person", f"Encode view {number}")
+    for number, face in enumerate(faces, 1):
+        t.encode(f"view{number}", face, "<person>", "person", f"Encode view {number}")
     t.column(320)
     t.group("One subject")
     views: dict[str, Any] = {f"subjects__subject_{n}": (f"view{n}", "subject") for n in (1, 2, 3)}
@@ -127,15 +169,14 @@ def several_views(t: Template) -> None:
 
 def save_subject(t: Template) -> None:
     t.column(370)
-    t.group("Models")
-    t.node("encoder", "NestedEncoderLoader", widgets={"encoder_name": ENCODER})
-    t.node("tower", "CLIPVisionLoader", widgets={"clip_name": VISION})
+    t.loaders(checkpoint=False)
     t.column(330)
     t.group("1. Your subject")
     t.photo("photo", "Photo of <anna>")
+    face = t.face("face", "photo")
     t.column(330)
     t.group("Encode it once")
-    t.encode("subject", ("photo", "IMAGE"), "<anna>", "woman")
+    t.encode("subject", face, "<anna>", "woman")
     t.node("seen", "PreviewImage", "What the encoder sees", height=290, images=("subject", "seen"))
     t.column(360)
     t.group("2. Keep it")
@@ -152,7 +193,7 @@ def save_subject(t: Template) -> None:
 
 def reuse_subject(t: Template) -> None:
     t.column(370)
-    t.loaders(vision=False)
+    t.loaders(photo=False)
     t.group("1. Your saved subject")
     t.node("subject", "NestedLoadSubject", widgets={"subject_name": "anna_00001_.safetensors"},
            encoder=("encoder", "encoder"))  # fmt: skip
@@ -198,14 +239,14 @@ def regional_masks(t: Template) -> None:
     t.column(330)
     t.group("1. The first subject")
     t.photo("photo_anna", "Photo of <anna>")
-    t.encode("anna", ("photo_anna", "IMAGE"), "<anna>", "woman", "Encode <anna>")
+    t.encode("anna", t.face("face_anna", "photo_anna", "<anna>"), "<anna>", "woman", "Encode <anna>")
     half: dict[str, Any] = {"destination": ("black", "MASK"), "source": ("white", "MASK")}
     t.node("left", "MaskComposite", "Left half", widgets={"x": 0, "y": 0, "operation": "add"}, **half)
     t.node("left_soft", "FeatherMask", "Its soft edge", widgets={"right": 64}, mask=("left", "MASK"))
     t.column(330)
     t.group("1. The second subject")
     t.photo("photo_ben", "Photo of <ben>")
-    t.encode("ben", ("photo_ben", "IMAGE"), "<ben>", "man", "Encode <ben>")
+    t.encode("ben", t.face("face_ben", "photo_ben", "<ben>"), "<ben>", "man", "Encode <ben>")
     t.node("right", "MaskComposite", "Right half", widgets={"x": 512, "y": 0, "operation": "add"}, **half)
     t.node("right_soft", "FeatherMask", "Its soft edge", widgets={"left": 64}, mask=("right", "MASK"))
     t.column(330)
@@ -249,7 +290,7 @@ def controlnet_and_lora(t: Template) -> None:
     t.column(330)
     t.group("1. Your subject")
     t.photo("photo", "Photo of your subject")
-    t.encode("subject", ("photo", "IMAGE"), "<person>", "person")
+    t.encode("subject", t.face("face", "photo"), "<person>", "person")
     t.group("2. The composition")
     t.photo("pose", "Picture with the pose")
     t.column(330)
@@ -299,6 +340,7 @@ def inpaint_face(t: Template) -> None:
     t.loaders()
     t.group("1. Who")
     t.photo("photo", "Photo of your subject")
+    face = t.face("face", "photo")
     t.column(350)
     t.group("2. Into which picture")
     t.photo("scene", "Picture, with the place painted as its mask", 340)
@@ -307,7 +349,7 @@ def inpaint_face(t: Template) -> None:
     t.node("masked", "SetLatentNoiseMask", samples=("latent", "LATENT"), mask=("grown", "MASK"))
     t.column(330)
     t.group("Bind it to its word, there")
-    t.encode("subject", ("photo", "IMAGE"), "<person>", "person")
+    t.encode("subject", face, "<person>", "person")
     t.apply("apply", ("subject", "subject"), MODEL, CLIP, mask=("grown", "MASK"))
     t.node("soft", "DifferentialDiffusion", model=("apply", "model"))
     t.column(350)
@@ -349,9 +391,9 @@ def who_is_where(t: Template) -> None:
     t.column(330)
     t.group("1. Two subjects")
     t.photo("photo_anna", "Photo of <anna>")
-    t.encode("anna", ("photo_anna", "IMAGE"), "<anna>", "woman", "Encode <anna>")
+    t.encode("anna", t.face("face_anna", "photo_anna", "<anna>"), "<anna>", "woman", "Encode <anna>")
     t.photo("photo_ben", "Photo of <ben>")
-    t.encode("ben", ("photo_ben", "IMAGE"), "<ben>", "man", "Encode <ben>")
+    t.encode("ben", t.face("face_ben", "photo_ben", "<ben>"), "<ben>", "man", "Encode <ben>")
     t.column(330)
     t.group("Apply, and record")
     t.apply("apply_anna", ("anna", "subject"), MODEL, CLIP, "Apply <anna>")
@@ -423,7 +465,7 @@ def strength_identity_grid(t: Template) -> None:
     t.column(330)
     t.group("1. Your subject")
     t.photo("photo", "Photo of your subject")
-    t.encode("subject", ("photo", "IMAGE"), "<person>", "person")
+    t.encode("subject", t.face("face", "photo"), "<person>", "person")
     t.column(340)
     t.group("2. What to try")
     t.node("values", "NestedGridValues", widgets={"across": "0.6, 1, 1.4", "down": "1, 2, 4"})
@@ -463,7 +505,7 @@ def strength_identity_grid(t: Template) -> None:
 TEMPLATES: dict[str, Callable[[Template], None]] = {
     f.__name__: f
     for f in (
-        first_portrait, two_subjects, several_views, save_subject, reuse_subject, regional_masks, controlnet_and_lora,
-        inpaint_face, who_is_where, strength_identity_grid,
+        first_portrait, portrait_by_hand, two_subjects, several_views, save_subject, reuse_subject, regional_masks,
+        controlnet_and_lora, inpaint_face, who_is_where, strength_identity_grid,
     )
 }  # fmt: skip
