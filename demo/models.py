@@ -28,7 +28,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from nested_core.encoder import EncoderConfig, ResamplerShape
+from nested_core.encoder import EncoderConfig
 from nested_core.training import EncoderSettings
 
 from . import FAMILY, world
@@ -296,11 +296,10 @@ def encoder_settings(**changes: Any) -> EncoderSettings:
 def encoder_config() -> EncoderConfig:
     """The same as an encoder file has it."""
     settings = encoder_settings()
-    shape = ResamplerShape(settings.dim, settings.depth, settings.heads, settings.dim_head, settings.ff_mult)
     return EncoderConfig(
         family=FAMILY.name, base_model=settings.base_model, tokens=settings.tokens, token_dim=CONTEXT_DIM,
         feature_dim=vision_config().hidden_size, value_norm=settings.value_norm, alpha=settings.alpha,
-        licence=settings.licence, title=settings.title, resampler=shape,
+        licence=settings.licence, title=settings.title, resampler=settings.resampler(),
     )  # fmt: skip
 
 

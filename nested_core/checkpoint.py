@@ -131,6 +131,8 @@ def _identified(
     names = {f"resampler.{name}": key for name, key in projection.names.items()}
     for index, pair in enumerate(layers.pairs):
         names |= {f"to_k.{index}.weight": pair.k, f"to_v.{index}.weight": pair.v}
+    for index, pair in enumerate(layers.biases):
+        names |= {f"to_k.{index}.bias": pair.k, f"to_v.{index}.bias": pair.v}
     shapes = {name: tensors[key] for name, key in names.items()}
     if not projection.pooled and shapes["resampler.latents"].ndim == 2:
         shapes["resampler.latents"] = shapes["resampler.latents"][None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .attention import VALUE_NORMS
 from .errors import NestedAttentionError
 from .layers import compress, family_of
-from .resampler import ImageProjection, Resampler
+from .resampler import ImageProjection, Resampler, ResamplerShape
 from .towers import of_width
 
 KINDS = ("nested", "nested-sd15-pooled", "ip-adapter-plus")
@@ -31,19 +31,8 @@ class Overrides(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class ResamplerShape:
-    """The Q-Former's inner sizes, as in `Resampler`. The defaults are the public release's."""
-
-    dim: int = 2048
-    depth: int = 4
-    heads: int = 12
-    dim_head: int = 64
-    ff_mult: int = 4
-
-
-@dataclass(frozen=True)
 class EncoderConfig:
-    """What an encoder file is and how it wants to be used. The defaults are the public release's.
+    """What an encoder file is and how it wants to be used. The defaults are the public release's, but for `pooled`.
 
     kind            "nested" (Q-Former and nested layers), "nested-sd15-pooled" (a few tokens from the pooled image
                     embedding) or "ip-adapter-plus" (same structure, trained for another attention: experimental)
@@ -55,12 +44,14 @@ class EncoderConfig:
     image_features  which of them: "penultimate" or "last" hidden states, or the "pooled" embedding
     value_norm      how v* is rescaled (equation 4): "match", "match_per_head", "unit" or "none"
     alpha           the factor α of equation 4
-    pooled          where SDXL's pooled text vector is taken: "eos" or "placeholder"
+    pooled          where SDXL's pooled text vector is taken: "eos", at the end of the text as SDXL does, or
+                    "placeholder", as the public release does
     licence         of the weights, in words
     fingerprint     content hash of the weights as first published; empty where there is no content (meta tensors)
     title           what the reader took the file for, one line for the log
     widths          channels of each layer in diffusers' order; empty means the family's published widths
     resampler       sizes of the Q-Former; of no meaning for "nested-sd15-pooled"
+    bias            whether the K̈ / V̈ layers add a bias
 
     Raises NestedAttentionError for a value outside these choices, and for widths that no U-Net of the family has.
     """
@@ -80,6 +71,7 @@ class EncoderConfig:
     title: str = ""
     widths: tuple[int, ...] = ()
     resampler: ResamplerShape = ResamplerShape()
+    bias: bool = False
 
     def __post_init__(self) -> None:
         choices = {
@@ -96,6 +88,10 @@ class EncoderConfig:
             raise NestedAttentionError(
                 f'image_features is "{self.image_features}", but an encoder of kind "{self.kind}" reads {wants}.'
             )
+        if not 0 <= self.resampler.mean_pooled < self.tokens:
+            raise NestedAttentionError(
+                f"mean_pooled is {self.resampler.mean_pooled}; expected fewer than the {self.tokens} tokens."
+            )
         family = family_of(self.family)
         if not self.widths:
             object.__setattr__(self, "widths", family.widths())
@@ -111,8 +107,8 @@ class NestedEncoder(nn.Module):
     device "meta" there are none, to load into with assign=True.
 
     `resampler` makes the subject's tokens; `to_k[i]` and `to_v[i]` are W_K̈ and W_V̈ of layer i of
-    `family_of(config.family).layers()`. `operations` has Linear and LayerNorm as torch.nn does; with the host's own,
-    the host casts and moves weights.
+    `family_of(config.family).layers()`. `operations` has Linear, LayerNorm and Embedding as torch.nn does; with the
+    host's own, the host casts and moves weights.
     """
 
     def __init__(
@@ -130,22 +126,11 @@ class NestedEncoder(nn.Module):
         if config.kind == "nested-sd15-pooled":
             self.resampler = ImageProjection(config.feature_dim, config.token_dim, config.tokens, **made)
         else:
-            shape = config.resampler
-            self.resampler = Resampler(
-                dim=shape.dim,
-                depth=shape.depth,
-                dim_head=shape.dim_head,
-                heads=shape.heads,
-                num_queries=config.tokens,
-                embedding_dim=config.feature_dim,
-                output_dim=config.token_dim,
-                ff_mult=shape.ff_mult,
-                **made,
-            )
+            self.resampler = Resampler(config.resampler, config.tokens, config.feature_dim, config.token_dim, **made)
 
         def projections() -> nn.ModuleList:
             return nn.ModuleList(
-                operations.Linear(config.token_dim, width, bias=False, dtype=dtype, device=device)
+                operations.Linear(config.token_dim, width, bias=config.bias, dtype=dtype, device=device)
                 for width in config.widths
             )
 
@@ -169,7 +154,7 @@ class NestedEncoder(nn.Module):
             raise NestedAttentionError(
                 f"This encoder reads the {config.image_features} features of the vision tower, {expected}; "
                 f"got {tuple(features.shape)}{looks}. "
-                f"Load the CLIP vision model it was trained with (for the published encoders: CLIP ViT-H/14)."
+                f"Load the CLIP vision model it was trained with (the public one: CLIP ViT-H/14, 1.26 GB)."
             )
         return self.resampler(features)
 

@@ -39,12 +39,16 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Layers:
-    """The K̈ / V̈ layers in diffusers' order, `scheme` being the form of their names and `order` how it was settled."""
+    """The K̈ / V̈ layers in diffusers' order, `scheme` being the form of their names and `order` how it was settled.
+
+    biases: of the same layers, or empty where they have none.
+    """
 
     family: Family
     scheme: str
     pairs: tuple[Pair, ...]
     order: str
+    biases: tuple[Pair, ...] = ()
 
     @property
     def named_ip_adapter(self) -> bool:
@@ -56,9 +60,10 @@ class Layers:
 
 # Names inside a resampler, but for the feed-forward, whose parts are told by shape.
 _RESAMPLER_NAME = re.compile(
-    r"latents|(?:proj_in|proj_out|norm_out)\.(?:weight|bias)"
+    r"latents|pos_emb\.weight|(?:proj_in|proj_out|norm_out|to_latents_from_mean_pooled_seq\.[01])\.(?:weight|bias)"
     r"|layers\.\d+\.0\.(?:norm[12]\.(?:weight|bias)|to_(?:q|kv|out)\.weight)"
 )
+POSITIONS, MEAN_POOLED = "pos_emb.weight", "to_latents_from_mean_pooled_seq.1.weight"
 _FEED_FORWARD_NAME = re.compile(r"(layers\.\d+\.1)\..+")
 _NEEDED = ("latents", "proj_in.weight", "proj_out.weight", "layers.0.0.to_q.weight", "layers.0.1.1.weight")
 
@@ -153,6 +158,7 @@ _ORIGINAL_PLACE = re.compile(
     r"(?P<place>(?:(?:in|out)put_blocks[._]\d+|middle_block)[._]1[._]transformer_blocks[._]\d+)(?:[._]attn(?P<attn>\d))?"
 )
 _VALUE_FOR_KEY = {"k": "v", "key": "value", "keys": "values", "wk": "wv", "kproj": "vproj"}
+_QUERY_FOR_KEY = {"k": "q", "key": "query", "keys": "queries", "wk": "wq", "kproj": "qproj"}
 _KEY_FOR_VALUE = {value: key for key, value in _VALUE_FOR_KEY.items()}
 _BY_ORIGINAL_NAME = {layer.original: layer.diffusers for family in PUBLISHED.values() for layer in family.layers()}
 
@@ -189,6 +195,7 @@ def find_layers(tensors: State, projection: Projection, counts: dict[int, Family
         raise NestedAttentionError(_without_partner(tensors, alone))
     pairs = {place: Pair(sides["k"], sides["v"]) for place, sides in places.items()}
     _check_pairs(tensors, list(pairs.values()), projection)
+    _refuse_queries(tensors, _own_queries(tensors, (pair.k for pair in pairs.values())))
     return _in_order(tensors, counts[len(pairs)], scheme, pairs)
 
 
@@ -218,7 +225,8 @@ def _in_order(tensors: State, family: Family, scheme: str, pairs: dict[_Place, P
         order = f"{order}, by name"
     elif family.is_ambiguous(found):
         order = f"{order} (their widths would fit {EXECUTION_ORDER} as well)"
-    return Layers(family, scheme, tuple(by_index[index] for index in range(len(listed))), order)
+    in_order = tuple(by_index[index] for index in range(len(listed)))
+    return Layers(family, scheme, in_order, order, _biases(tensors, in_order))
 
 
 def _schemes(keys: Iterable[str]) -> dict[str, dict[_Place, dict[str, str]]]:
@@ -293,17 +301,68 @@ def _check_pairs(tensors: State, pairs: list[Pair], projection: Projection) -> N
             f"The key / value layers should read tokens of width {token_dim}, as the image projection gives them "
             f"({_show(tensors, [projection.names[name]])}), got {_show(tensors, [key for p in other for key in p])}."
         )
-    weights = [key for pair in pairs for key in pair if key.endswith("weight")]
-    biased = [bias for key in weights if (bias := key[: -len("weight")] + "bias") in tensors]
-    if biased:
+
+
+def _biases(tensors: State, pairs: Collection[Pair]) -> tuple[Pair, ...]:
+    """The biases of these layers; empty where none has one."""
+    biases = [Pair(*(re.sub("weight$", "bias", key) for key in pair)) for pair in pairs]
+    wanted = {bias: key for both, pair in zip(biases, pairs, strict=True) for bias, key in zip(both, pair, strict=True)}
+    found = [bias for bias, key in wanted.items() if bias != key and bias in tensors]
+    if not found:
+        return ()
+    without = [bias for bias in wanted if bias not in found]
+    if without:
         raise NestedAttentionError(
-            f"The key / value layers of nested attention have no bias, but this file has {_show(tensors, biased)}."
+            f"Some key / value layers have a bias ({_show(tensors, found)}), and others none: no {few(without)}. "
+            "The file is incomplete: get it again, or export it again."
+        )
+    wrong = [bias for bias in found if tensors[bias].shape != tensors[wanted[bias]].shape[:1]]
+    if wrong:
+        raise NestedAttentionError(
+            f"The bias of a key / value layer has a number per output of the layer, got {_show(tensors, wrong)} beside "
+            f"{_show(tensors, [wanted[bias] for bias in wrong])}."
+        )
+    return tuple(biases)
+
+
+def _own_queries(keys: Collection[str], found: Iterable[str]) -> list[str]:
+    """Query matrices that stand beside these key matrices: k in the name, or some of its k's, read as q."""
+    queries = []
+    for key in found:
+        pieces = re.split(r"([._])", key)
+        where = [i for i, piece in enumerate(pieces) if piece.lower() in _QUERY_FOR_KEY]
+        for changing in [[i] for i in where] + ([where] if len(where) > 1 else []):
+            name = "".join(_QUERY_FOR_KEY[p.lower()] if i in changing else p for i, p in enumerate(pieces))
+            if name in keys:
+                queries.append(name)
+    return queries
+
+
+def _queries_of_sets(tensors: State, counts: Collection[int]) -> list[str]:
+    """The query matrices of layers that are whole attentions and not the U-Net's, if a family has as many."""
+    sets: dict[str, list[str]] = defaultdict(list)
+    for key in tensors:
+        located = _locate(key) if key.endswith("to_k.weight") else None
+        if located and not located[1].endswith("@.to_k.weight"):
+            sets[located[1]].append(key)
+    whole = [keys for keys in sets.values() if len(keys) in counts]
+    return [query for keys in whole for query in _own_queries(tensors, keys)]
+
+
+def _refuse_queries(tensors: State, queries: list[str]) -> None:
+    if queries:
+        raise NestedAttentionError(
+            f"The key / value layers of this file have queries of their own: {_show(tensors, queries)}. In nested "
+            "attention the queries are the U-Net's (equation 1), which the subject's keys were trained against; these "
+            "layers were trained for another attention, and this pack can't run them."
         )
 
 
 def _incomplete(tensors: State, schemes: dict[str, dict[_Place, dict[str, str]]], families: Collection[Family]) -> str:
     """Why no complete set of layers was found."""
-    full = " or ".join(f"{len(family.layers())} ({family.title})" for family in families)
+    counts = [len(family.layers()) for family in families]
+    full = " or ".join(f"{count} ({family.title})" for count, family in zip(counts, families, strict=True))
+    _refuse_queries(tensors, _queries_of_sets(tensors, counts))
     ranked = sorted(schemes.items(), key=lambda item: (sum(map(_is_pair, item[1].values())), len(item[1])))
     if not ranked:
         return f"The file has an image projection but no key / value layers; expected {full} pairs. {_refusal(tensors)}"
@@ -330,7 +389,7 @@ def _without_partner(tensors: State, alone: list[str]) -> str:
 
 def check_rest(tensors: State, projection: Projection, layers: Layers) -> None:
     """What is left over: inside the image projection it would change the result, elsewhere it is reported."""
-    used = set(projection.names.values()) | {key for pair in layers.pairs for key in pair}
+    used = set(projection.names.values()) | {key for pair in (*layers.pairs, *layers.biases) for key in pair}
     rest = [key for key in tensors if key not in used]
     # What lies beside a weight of one byte may be its scale, under a name this pack does not know.
     quantised = [key.removesuffix("weight") for key in used if tensors[key].element_size() == 1]

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from .encoder import EncoderConfig, ResamplerShape
+from .encoder import EncoderConfig
 from .errors import NestedAttentionError
 from .layers import SDXL, compress
-from .layouts import PLAIN_IP_ADAPTER, Layers, Projection, State
+from .layouts import MEAN_POOLED, PLAIN_IP_ADAPTER, POSITIONS, Layers, Projection, State
 from .metadata import OWN, number, with_metadata
+from .resampler import ResamplerShape
 
 DIM_HEAD = 64
 """Channels per head of every known resampler; a file can't tell, only our own metadata says otherwise."""
@@ -27,6 +28,7 @@ def config_of(tensors: State, projection: Projection, layers: Layers, said: dict
         widths=widths,
         token_dim=first.shape[1],
         base_model="SDXL 1.0" if family is SDXL else family.title,
+        bias=bool(layers.biases),
     )
     if projection.pooled:
         if layers.named_ip_adapter and not said:
@@ -43,13 +45,14 @@ def config_of(tensors: State, projection: Projection, layers: Layers, said: dict
         )
     else:
         shape = _resampler_shape(tensors, projection, number(said, "dim_head", DIM_HEAD))
-        tokens = tensors[projection.names["latents"]].shape[-2]
+        tokens = tensors[projection.names["latents"]].shape[-2] + shape.mean_pooled
         features = tensors[projection.names["proj_in.weight"]].shape[1]
         config = replace(config, tokens=tokens, feature_dim=features, resampler=shape)
         if layers.named_ip_adapter and tokens <= _MOST_IP_ADAPTER_TOKENS:
             config = replace(config, kind="ip-adapter-plus", licence="Apache-2.0")
         elif _is_public_release(config):
-            config = replace(config, licence="CC BY-NC-SA 4.0")
+            # Its text encoders know the placeholder by a number above the end's, and pool at the largest number.
+            config = replace(config, licence="CC BY-NC-SA 4.0", pooled="placeholder")
     if said:
         config = with_metadata(config, layers.order, said)
     elif config.kind == "ip-adapter-plus" and config.feature_dim == 512:
@@ -62,10 +65,13 @@ def config_of(tensors: State, projection: Projection, layers: Layers, said: dict
 
 
 def _is_public_release(config: EncoderConfig) -> bool:
-    """Whether the sizes are those of the published face encoder (arXiv 2501.01407), or of one trained on from it."""
-    release = EncoderConfig()
-    sizes = ("family", "tokens", "token_dim", "feature_dim", "widths", "resampler")
-    return config.kind == release.kind and all(getattr(config, name) == getattr(release, name) for name in sizes)
+    """Whether the sizes are those of the published face encoder (arXiv 2501.01407), or of one trained on from it.
+
+    Its file size leaves open whether it has positions and biases.
+    """
+    release = replace(EncoderConfig(), resampler=replace(ResamplerShape(), positions=config.resampler.positions))
+    sizes = ("kind", "family", "tokens", "token_dim", "feature_dim", "widths", "resampler")
+    return all(getattr(config, name) == getattr(release, name) for name in sizes)
 
 
 def _title(config: EncoderConfig, layers: Layers) -> str:
@@ -92,6 +98,13 @@ def _resampler_shape(tensors: State, projection: Projection, dim_head: int) -> R
             f"{projection.names['layers.0.0.to_q.weight']} has {inner} outputs, which is not a whole number of "
             f"attention heads of {dim_head} channels."
         )
-    depth = sum(name.endswith(".0.to_q.weight") for name in projection.names)
-    ff_mult = max(1, weight("layers.0.1.1.weight").shape[0] // dim)
-    return ResamplerShape(dim=dim, depth=depth, heads=inner // dim_head, dim_head=dim_head, ff_mult=ff_mult)
+    names = projection.names
+    return ResamplerShape(
+        dim=dim,
+        depth=sum(name.endswith(".0.to_q.weight") for name in names),
+        heads=inner // dim_head,
+        dim_head=dim_head,
+        ff_mult=max(1, weight("layers.0.1.1.weight").shape[0] // dim),
+        positions=weight(POSITIONS).shape[0] if POSITIONS in names else 0,
+        mean_pooled=max(1, weight(MEAN_POOLED).shape[0] // dim) if MEAN_POOLED in names else 0,
+    )

@@ -4,11 +4,35 @@ The Q-Former (arXiv 2501.01407, section 3.2) is a Perceiver resampler: learned q
 patch tokens through a few attention layers. Module names are those of published weights, so a file loads as it is.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .errors import NestedAttentionError
+
+
+@dataclass(frozen=True)
+class ResamplerShape:
+    """The Q-Former's inner sizes. The defaults are the public release's.
+
+    dim, depth, heads, dim_head, ff_mult    width inside, layers, attention heads, their channels, width of the
+                                            feed-forwards as a multiple of dim
+    positions   rows of a learned position embedding that is added to the features; 0: there is none. Newer IP-Adapter
+                code has it as `apply_pos_emb`.
+    mean_pooled how many of the latents are made from the mean of the features, by a norm and a matrix; the others are
+                learned. Newer IP-Adapter code has it as `num_latents_mean_pooled`.
+    """
+
+    dim: int = 2048
+    depth: int = 4
+    heads: int = 12
+    dim_head: int = 64
+    ff_mult: int = 4
+    positions: int = 0
+    mean_pooled: int = 0
 
 
 class PerceiverAttention(nn.Module):
@@ -59,48 +83,53 @@ def feed_forward(dim: int, mult: int, operations: Any = nn, dtype: Any = None, d
 
 
 class Resampler(nn.Module):
-    """Q-Former: `num_queries` learned queries summarise the vision tower's tokens.
+    """Q-Former: `tokens` latents summarise the vision tower's tokens.
 
-    `dim` is the width inside, `embedding_dim` that of the features, `output_dim` that of the subject's tokens.
-    `operations` has Linear and LayerNorm as torch.nn does; a host passes its own to manage weights. The defaults are
-    the public release's.
+    `embedding_dim` is the width of the features, `output_dim` that of the subject's tokens. `operations` has Linear,
+    LayerNorm and Embedding as torch.nn does; a host passes its own to manage weights. The defaults are the public
+    release's.
     """
 
     def __init__(
         self,
-        dim: int = 2048,
-        depth: int = 4,
-        dim_head: int = 64,
-        heads: int = 12,
-        num_queries: int = 1024,
+        shape: ResamplerShape = ResamplerShape(),
+        tokens: int = 1024,
         embedding_dim: int = 1280,
         output_dim: int = 2048,
-        ff_mult: int = 4,
+        *,
         operations: Any = nn,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         made: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.latents = nn.Parameter(torch.randn(1, num_queries, dim, **made) / dim**0.5)
+        dim, pooled = shape.dim, shape.mean_pooled
+        self.pos_emb = operations.Embedding(shape.positions, embedding_dim, **made) if shape.positions else None
+        self.latents = nn.Parameter(torch.randn(1, tokens - pooled, dim, **made) / dim**0.5)
         self.proj_in = operations.Linear(embedding_dim, dim, **made)
         self.proj_out = operations.Linear(dim, output_dim, **made)
         self.norm_out = operations.LayerNorm(output_dim, **made)
+        self.to_latents_from_mean_pooled_seq = (
+            nn.Sequential(operations.LayerNorm(dim, **made), operations.Linear(dim, dim * pooled, **made))
+            if pooled
+            else None
+        )
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [
-                    PerceiverAttention(dim, dim_head, heads, operations, **made),
-                    feed_forward(dim, ff_mult, operations, **made),
+                    PerceiverAttention(dim, shape.dim_head, shape.heads, operations, **made),
+                    feed_forward(dim, shape.ff_mult, operations, **made),
                 ]
             )
-            for _ in range(depth)
+            for _ in range(shape.depth)
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """features (B, T, embedding_dim) -> subject tokens x (B, num_queries, output_dim)."""
-        features = self.proj_in(features)
-        # A host may keep weights on another device or in another dtype than it computes in.
-        latents = self.latents.to(features).expand(features.shape[0], -1, -1)
+        """features (B, T, embedding_dim) -> subject tokens x (B, tokens, output_dim).
+
+        Raises NestedAttentionError for more features than there are positions.
+        """
+        features, latents = self._begin(features)
         for layer in self.layers:
             attention, mlp = layer.children()
             latents = latents + attention(features, latents)
@@ -108,16 +137,17 @@ class Resampler(nn.Module):
         return self.norm_out(self.proj_out(latents))
 
     def attention(self, features: Tensor) -> Tensor:
-        """Where each subject token comes from: features (B, T, embedding_dim) -> (B, num_queries, T) in fp32, rows
-        that sum to 1.
+        """Where each subject token comes from: features (B, T, embedding_dim) -> (B, tokens, T) in fp32, rows that sum
+        to 1.
 
         Attention of all layers, rolled out (Abnar and Zuidema, arXiv 2005.00928): a latent holds in equal parts what it
-        held and what it looks at, the other latents among it.
+        held and what it looks at, the other latents among it. Latents made from the mean of the features begin with
+        equal parts of all of them.
         """
-        features = self.proj_in(features)
-        latents = self.latents.to(features).expand(features.shape[0], -1, -1)
+        features, latents = self._begin(features)
         count = features.shape[1]
         held = torch.zeros(*latents.shape[:2], count, device=features.device)
+        held[:, : latents.shape[1] - self.latents.shape[1]] = 1 / count
         for layer in self.layers:
             attention, mlp = layer.children()
             assert isinstance(attention, PerceiverAttention)
@@ -126,6 +156,28 @@ class Resampler(nn.Module):
             latents = latents + attention(features, latents)
             latents = latents + mlp(latents)
         return held / held.sum(-1, keepdim=True).clamp_min(1e-12)
+
+    def _begin(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, T, embedding_dim) -> what the layers read (B, T, dim), and the latents (B, tokens, dim)."""
+        if self.pos_emb is not None:
+            features = features + self._positions(features.shape[1], features.device).to(features)
+        features = self.proj_in(features)
+        # A host may keep weights on another device or in another dtype than it computes in.
+        latents = self.latents.to(features).expand(features.shape[0], -1, -1)
+        if self.to_latents_from_mean_pooled_seq is not None:
+            made = self.to_latents_from_mean_pooled_seq(features.mean(dim=1))
+            latents = torch.cat((made.unflatten(-1, (-1, features.shape[-1])), latents), dim=1)
+        return features, latents
+
+    def _positions(self, count: int, device: torch.device) -> Tensor:
+        """The first `count` rows of the position embedding (T, embedding_dim)."""
+        assert self.pos_emb is not None
+        if count > self.pos_emb.num_embeddings:
+            raise NestedAttentionError(
+                f"This encoder knows {self.pos_emb.num_embeddings} positions of image features, got {count}. "
+                "Load the CLIP vision model it was trained with, at its own resolution."
+            )
+        return self.pos_emb(torch.arange(count, device=device))
 
 
 class ImageProjection(nn.Module):

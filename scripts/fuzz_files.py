@@ -27,9 +27,10 @@ import kit  # noqa: F401 - nested_core is found from here on
 READERS = [f"nested_core.{name}" for name in ("files", "checkpoint", "subject", "encoder")]
 with atheris.instrument_imports(include=READERS):
     from nested_core.checkpoint import identify, read_encoder, write_encoder
-    from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
+    from nested_core.encoder import EncoderConfig, NestedEncoder
     from nested_core.errors import NestedAttentionError
     from nested_core.layers import SD15
+    from nested_core.resampler import ResamplerShape
     from nested_core.subject import Subject, load_subject, save_subject
 
 WORK = Path(tempfile.mkdtemp(prefix="nested-attention-fuzz-"))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..attention import ValueNorm
 from ..errors import NestedAttentionError
+from ..resampler import ResamplerShape
 
 Method = Literal["nested", "decoupled"]
 Features = Literal["penultimate", "last"]
@@ -123,6 +124,10 @@ class EncoderSettings:
         heads: its attention heads.
         dim_head: their channels.
         ff_mult: width of its feed-forwards, as a multiple of dim.
+        positions: rows of a learned position embedding that is added to the features, as many as there are features or
+            more (257 for CLIP ViT-H/14); 0: none.
+        mean_pooled: how many of the tokens begin as the mean of the features, seen through a matrix of their own.
+        bias: whether K̈ and V̈ have one.
         value_norm: what equation (4) rescales v* to: match, match_per_head, unit or none.
         alpha: α of equation (4); for the decoupled method the factor on its attention.
         learn_alpha: train α too, as one number, from `alpha` on.
@@ -140,6 +145,9 @@ class EncoderSettings:
     heads: int = 12
     dim_head: int = 64
     ff_mult: int = 4
+    positions: int = 0
+    mean_pooled: int = 0
+    bias: bool = False
     value_norm: ValueNorm = "match"
     alpha: float = 2.0
     learn_alpha: bool = False
@@ -150,7 +158,12 @@ class EncoderSettings:
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_range(self, ("tokens", "token_dim", "dim", "depth", "heads", "dim_head", "ff_mult"), 1)
+        _check_range(self, ("positions", "mean_pooled"), 0)
         _check_range(self, ("alpha",), 0, open_=True)
+
+    def resampler(self) -> ResamplerShape:
+        """The sizes of the Q-Former."""
+        return ResamplerShape(**{field.name: getattr(self, field.name) for field in fields(ResamplerShape)})
 
 
 @dataclass

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from ..checkpoint import read_encoder
-from ..encoder import EncoderConfig, NestedEncoder, ResamplerShape
+from ..encoder import EncoderConfig, NestedEncoder
 from ..errors import NestedAttentionError
 from ..hosts.diffusers import check_fits, cross_attention
 from ..layers import compress
@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 def encoder_config(settings: EncoderSettings, base: BaseModel) -> EncoderConfig:
     """What the encoder file will say, for this base model."""
-    shape = ResamplerShape(settings.dim, settings.depth, settings.heads, settings.dim_head, settings.ff_mult)
     return EncoderConfig(
         family=base.family.name,
         base_model=settings.base_model or base.name or base.family.title,
@@ -32,7 +31,8 @@ def encoder_config(settings: EncoderSettings, base: BaseModel) -> EncoderConfig:
         licence=settings.licence,
         title=settings.title,
         widths=base.widths,
-        resampler=shape,
+        resampler=settings.resampler(),
+        bias=settings.bias,
     )
 
 
@@ -68,8 +68,10 @@ def _from_unet(encoder: NestedEncoder, base: BaseModel) -> None:
         )
     for i, name in enumerate(cross_attention(base.unet)):
         module = base.unet.get_submodule(name)
-        encoder.to_k[i].load_state_dict(module.to_k.state_dict())
-        encoder.to_v[i].load_state_dict(module.to_v.state_dict())
+        for ours, theirs in ((encoder.to_k[i], module.to_k), (encoder.to_v[i], module.to_v)):
+            ours.load_state_dict(theirs.state_dict(), strict=False)  # theirs have no bias
+            if isinstance(ours.bias, torch.Tensor):
+                torch.nn.init.zeros_(ours.bias)
 
 
 def _from_file(encoder: NestedEncoder, path: str, with_layers: bool) -> None:
@@ -78,7 +80,7 @@ def _from_file(encoder: NestedEncoder, path: str, with_layers: bool) -> None:
     log.info("starting from %s: %s", path, config.title)
     latents = state.get("resampler.latents")
     if latents is not None and latents.shape[-1] == encoder.config.resampler.dim:
-        state["resampler.latents"] = _as_many(latents, encoder.config.tokens)
+        state["resampler.latents"] = _as_many(latents, encoder.config.tokens - encoder.config.resampler.mean_pooled)
     if not with_layers:
         state = {name: tensor for name, tensor in state.items() if name.startswith("resampler.")}
     own = encoder.state_dict()
@@ -89,12 +91,11 @@ def _from_file(encoder: NestedEncoder, path: str, with_layers: bool) -> None:
     ]
     other += [f"{name}: not in this encoder" for name in state if name not in own]
     if other:
-        shape = config.resampler
+        shape = ", ".join(f"{name} {value}" for name, value in vars(config.resampler).items())
         raise NestedAttentionError(
-            f"init.encoder: {path} ({config.title}) has other sizes than the encoder to train: Q-Former dim "
-            f"{shape.dim}, depth {shape.depth}, heads {shape.heads}, dim_head {shape.dim_head}, ff_mult "
-            f"{shape.ff_mult}, token_dim {config.token_dim}, vision features {config.feature_dim}, layers "
-            f"{compress(config.widths)}. Set the fields of `encoder` to these"
+            f"init.encoder: {path} ({config.title}) has other sizes than the encoder to train: Q-Former {shape}, "
+            f"token_dim {config.token_dim}, vision features {config.feature_dim}, layers "
+            f"{compress(config.widths)}{', with bias' if config.bias else ''}. Set the fields of `encoder` to these"
             + (', or take the Q-Former only (init.layers "unet" or "random")' if with_layers else "")
             + ". First differences:\n  "
             + "\n  ".join(other[:5])

@@ -27,8 +27,9 @@ from filelock import FileLock
 from PIL import Image
 
 from nested_core.checkpoint import write_encoder
-from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
+from nested_core.encoder import EncoderConfig, NestedEncoder
 from nested_core.files import save_tensors, whole
+from nested_core.resampler import ResamplerShape
 
 from .environment import say
 from .paths import REPO

@@ -12,8 +12,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from kit.twin import diffusers_unet
-from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
+from nested_core.encoder import EncoderConfig, NestedEncoder
 from nested_core.hosts.diffusers import BoundSubject, nested_attention
+from nested_core.resampler import ResamplerShape
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

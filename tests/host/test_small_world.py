@@ -35,8 +35,9 @@ from demo import world as drawn
 from kit import random_models
 from kit.studio import host_nodes
 from nested_core.checkpoint import load_encoder, write_encoder
-from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
+from nested_core.encoder import EncoderConfig, NestedEncoder
 from nested_core.hosts.diffusers import BoundSubject, cross_attention, nested_attention
+from nested_core.resampler import ResamplerShape
 
 REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "demo"

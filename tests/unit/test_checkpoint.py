@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -20,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nested_core import files
-from nested_core.checkpoint import fingerprint, identify, load_encoder, read_encoder, write_encoder
+from nested_core.checkpoint import fingerprint, identify, load_encoder, read_encoder, write_encoder, write_state
 from nested_core.convert import main as convert
-from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
+from nested_core.encoder import EncoderConfig, NestedEncoder
 from nested_core.errors import NestedAttentionError
 from nested_core.layers import DIFFUSERS_ORDER, EXECUTION_ORDER, PUBLISHED, SD15, SDXL, Family, family_of
+from nested_core.resampler import ResamplerShape
 
 State = dict[str, Tensor]
 
@@ -79,13 +81,16 @@ def foreign(
     order: tuple[int, ...] | None = None,
 ) -> State:
     """A state dict of ours as another trainer would name it; `order`: diffusers index of each numbered layer."""
-    count = sum(name.startswith("to_k.") for name in state)
+    count = sum(bool(re.fullmatch(r"to_k\.\d+\.weight", name)) for name in state)
     renamed = {
         name.replace("resampler.", projection, 1): tensor for name, tensor in state.items() if "resampler." in name
     }
     for number, index in enumerate(order or range(count)):
         renamed[layer(number) + k] = state[f"to_k.{index}.weight"]
         renamed[layer(number) + v] = state[f"to_v.{index}.weight"]
+        if f"to_k.{index}.bias" in state:
+            renamed[layer(number) + k.replace("weight", "bias")] = state[f"to_k.{index}.bias"]
+            renamed[layer(number) + v.replace("weight", "bias")] = state[f"to_v.{index}.bias"]
     return renamed
 
 
@@ -132,7 +137,7 @@ def test_public_release_at_full_size() -> None:
         "penultimate",
         "match",
         2.0,
-        "eos",
+        "placeholder",
     )
     assert config.resampler == ResamplerShape(dim=2048, depth=4, heads=12, dim_head=64, ff_mult=4)
     assert config.licence == "CC BY-NC-SA 4.0"
@@ -860,9 +865,69 @@ def test_layers_that_read_another_width() -> None:
     assert "got adapter_modules.5.to_k_nest.weight (8, 12), adapter_modules.5.to_v_nest.weight (8, 12)." in said
 
 
-def test_layers_with_bias() -> None:
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(TINY, bias=True),
+        replace(TINY, resampler=replace(TINY.resampler, positions=9)),
+        replace(TINY, resampler=replace(TINY.resampler, mean_pooled=2)),
+        replace(TINY_SD15, bias=True, resampler=replace(TINY.resampler, positions=9, mean_pooled=4)),
+    ],
+    ids=["bias", "positions", "mean-pooled", "all, SD 1.5"],
+)
+def test_what_newer_trainers_write_is_read_and_written(changed: EncoderConfig, tmp_path: Path) -> None:
+    wanted = weights(changed)
+    config, state = identify(foreign(wanted))
+    assert (config.bias, config.resampler, config.tokens) == (changed.bias, changed.resampler, changed.tokens)
+    assert_same(state, wanted)
+    write_state(tmp_path / "own.safetensors", config, state)
+    again, same = read_encoder(tmp_path / "own.safetensors")
+    assert (again.bias, again.resampler) == (changed.bias, changed.resampler)
+    assert_same(same, wanted)
+    encoder = load_encoder(tmp_path / "own.safetensors")
+    tokens = encoder.encode(torch.randn(1, 9, changed.feature_dim))
+    k, _ = encoder.keys_values(tokens, 3)
+    bias = wanted["to_k.3.bias"] if changed.bias else 0
+    torch.testing.assert_close(k, tokens @ wanted["to_k.3.weight"].T + bias)
+
+
+def test_the_public_release_with_positions_is_still_called_that() -> None:
+    config, _ = identify(foreign(meta_weights(replace(RELEASE, bias=True, resampler=ResamplerShape(positions=257)))))
+    assert "sizes of the public release" in config.title
+    assert (config.pooled, config.licence) == ("placeholder", "CC BY-NC-SA 4.0")
+
+
+def test_layers_with_bias_in_part() -> None:
     file = foreign(weights(TINY)) | {"adapter_modules.5.to_k_nest.bias": torch.zeros(8)}
-    assert "have no bias, but this file has adapter_modules.5.to_k_nest.bias (8,)" in message(file)
+    said = message(file)
+    assert "Some key / value layers have a bias (adapter_modules.5.to_k_nest.bias (8,)), and others none" in said
+    file = foreign(weights(replace(TINY, bias=True))) | {"adapter_modules.5.to_k_nest.bias": torch.zeros(9)}
+    assert "a number per output of the layer, got adapter_modules.5.to_k_nest.bias (9,)" in message(file)
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "q"),
+    [
+        ("to_k_nest.weight", "to_v_nest.weight", "to_q_nest.weight"),
+        ("to_k.weight", "to_v.weight", "to_q.weight"),
+        ("nested_key.weight", "nested_value.weight", "nested_query.weight"),
+    ],
+)
+def test_layers_with_queries_of_their_own(k: str, v: str, q: str) -> None:
+    file = foreign(weights(TINY), k=k, v=v)
+    assert identify(file)[0].tokens == TINY.tokens
+    file |= {key.replace(k, q): torch.zeros_like(tensor) for key, tensor in file.items() if key.endswith(k)}
+    said = message(file)
+    assert "have queries of their own: adapter_modules." in said and "the queries are the U-Net's" in said
+
+
+def test_queries_of_the_unet_beside_nested_layers_are_no_hindrance() -> None:
+    wanted = weights(TINY)
+    file = foreign(wanted)
+    for layer in SDXL.layers():
+        for name in ("to_q", "to_k", "to_v"):
+            file[f"unet.{layer.diffusers}.{name}.weight"] = torch.zeros(8, 16)
+    assert_same(identify(file)[1], wanted)
 
 
 def test_two_sets_of_layers() -> None:
@@ -912,9 +977,9 @@ def test_resampler_of_other_sizes() -> None:
 
 
 def test_resampler_parts_that_would_change_the_result() -> None:
-    file = foreign(weights(TINY)) | {"image_proj_model.pos_emb.weight": torch.zeros(257, 24)}
+    file = foreign(weights(TINY)) | {"image_proj_model.pos_emb_2d.weight": torch.zeros(257, 24)}
     said = message(file)
-    assert "parts of the encoder that this pack does not know: image_proj_model.pos_emb.weight (257, 24)" in said
+    assert "parts of the encoder that this pack does not know: image_proj_model.pos_emb_2d.weight (257, 24)" in said
     assert "would change the result" in said
 
 

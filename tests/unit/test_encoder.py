@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from nested_core.encoder import EncoderConfig, NestedEncoder, ResamplerShape
+from nested_core.encoder import EncoderConfig, NestedEncoder
 from nested_core.errors import NestedAttentionError
 from nested_core.layers import SD15, SDXL
+from nested_core.resampler import ResamplerShape
 
 TINY = EncoderConfig(
     tokens=5,
