@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 ENCODER_NAME = re.compile(
     rf"(?P<method>{'|'.join(ENCODERS)})(_(?P<tokens>\d+)_tokens)?(_(?P<norm>{'|'.join(VALUE_NORMS)})_norm)?"
-    r"(_(?P<steps>\d+)_steps)?(_seed(?P<seed>\d+))?"
+    r"(_alpha(?P<alpha>\d+))?(_(?P<features>last))?(_(?P<steps>\d+)_steps)?(_seed(?P<seed>\d+))?"
 )
 SHIPPED = ("codec", "vision", "probe", "base")
 STEPS = {
@@ -386,21 +386,22 @@ class Run:
         export.write_lora(path, base.unet)
         return path
 
-    def qformer(self, tokens: int = 16) -> Path:
+    def qformer(self, tokens: int = 16, features: Literal["penultimate", "last"] = "penultimate") -> Path:
         """A nested encoder whose Q-Former learned to tell attributes; its K̈ / V̈ layers know nothing yet."""
-        name = "qformer" if tokens == 16 else f"qformer_{tokens}_tokens"
+        name = "qformer" + (f"_{tokens}_tokens" if tokens != 16 else "") + ("_last" if features == "last" else "")
         path = self.folder / f"{name}.safetensors"
         torch.manual_seed(self.seed + 40)
         tower, shown, unseen = self.vision(), self.portraits(), self.unseen_portraits()
-        config = replace(models.encoder_config(), tokens=tokens)
+        config = replace(models.encoder_config(), tokens=tokens, image_features=features)
+        layer = -1 if features == "last" else -2
         encoder = NestedEncoder(config)
         judged = torch.nn.ModuleDict({"encoder": encoder, "reader": models.TokenReader(config.tokens)})
         answers, unseen_answers = identities_of(shown), identities_of(unseen)
 
         def read(pixels: Tensor) -> dict[str, Tensor]:
             with torch.no_grad():
-                features = tower(pixels, output_hidden_states=True).hidden_states[-2]
-            return judged["reader"](encoder.encode(features))
+                seen = tower(pixels, output_hidden_states=True).hidden_states[layer]
+            return judged["reader"](encoder.encode(seen))
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
             chosen = rng.sample(range(len(shown)), min(64, len(shown)))
@@ -425,8 +426,9 @@ class Run:
     def encoder(self, name: str) -> Path:
         """Trains an encoder with the pack's own training code; returns its file.
 
-        name: a method of ENCODERS, with "_<N>_tokens", "_<value_norm>_norm", "_<N>_steps" and "_seed<S>", in this
-        order, for others than 16 tokens, the method's own value_norm, 1,500 steps and seed 0.
+        name: a method of ENCODERS, with "_<N>_tokens", "_<value_norm>_norm", "_alpha<A>", "_last", "_<N>_steps" and
+        "_seed<S>", in this order, for others than 16 tokens, the method's own value_norm, an α that is learned, the
+        last but one of the vision tower's layers, 1,500 steps and seed 0.
         """
         match = ENCODER_NAME.fullmatch(name)
         assert match
@@ -435,6 +437,10 @@ class Run:
             settings = replace(settings, tokens=int(match["tokens"]))
         if match["norm"]:  # without a norm to match, α would be a second scale of V̈
             settings = replace(settings, value_norm=match["norm"], learn_alpha=match["norm"] != "none")
+        if match["alpha"]:
+            settings = replace(settings, alpha=float(match["alpha"]), learn_alpha=False)
+        if match["features"]:
+            settings = replace(settings, image_features="last")
         base, tower, codec = self.base(), self.vision(), self.codec()
         if self.compiled:
             for module in base.unet.modules():
@@ -455,7 +461,7 @@ class Run:
             keep=1,
             tracker="none",
             encoder=settings,
-            init=InitConfig(encoder=str(self.qformer(settings.tokens)), layers="unet"),
+            init=InitConfig(encoder=str(self.qformer(settings.tokens, settings.image_features)), layers="unet"),
             optimiser=OptimiserConfig(
                 qformer_rate=5e-4, layers_rate=3e-3, warmup=100, schedule="cosine", ema=0.995
             ),
@@ -562,7 +568,7 @@ def main() -> None:
         "--stage",
         type=_stage,
         help=f"only this stage and those it needs: one of {', '.join(STAGES)}, pipeline (files for the training's "
-        "command line), or an encoder with another number of tokens, value_norm, number of steps or seed, such as "
+        "command line), or an encoder trained otherwise (tokens, value_norm, alpha, features, steps, seed), such as "
         "nested_4_tokens_seed1 or nested_none_norm_3000_steps",
     )
     parser.add_argument("--seed", type=int, default=0)
