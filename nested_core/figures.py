@@ -20,9 +20,9 @@ Colour = tuple[int, int, int]
 PALETTE: tuple[Colour, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0), (0, 114, 178),
 )  # fmt: skip
-_PAPER: Colour = (22, 24, 29)
-_INK: Colour = (236, 238, 242)
-_FAINT: Colour = (150, 156, 168)
+PAPER: Colour = (22, 24, 29)
+INK: Colour = (236, 238, 242)
+FAINT: Colour = (150, 156, 168)
 _LEAST_WIDTH = 512
 
 
@@ -30,7 +30,7 @@ def colour_of(index: int) -> Colour:
     return PALETTE[index % len(PALETTE)]
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def typeface(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     try:
         return ImageFont.load_default(size)
     except TypeError:  # Pillow before 10.1 has one size
@@ -95,7 +95,7 @@ def overlay(picture: Tensor, heats: Tensor, masks: Tensor, labels: Sequence[tupl
 
 def _with_legend(image: Image.Image, entries: Sequence[tuple[Colour, str, str]]) -> Image.Image:
     size = max(15, image.width // 30)
-    font, gap, row = _font(size), size // 2, size + size // 2
+    font, gap, row = typeface(size), size // 2, size + size // 2
     places, x, y = [], gap, gap
     for colour, name, word in entries:
         width = int(size * 1.5 + font.getlength(name) + gap + font.getlength(word))
@@ -103,14 +103,14 @@ def _with_legend(image: Image.Image, entries: Sequence[tuple[Colour, str, str]])
             x, y = gap, y + row
         places.append((x, y, colour, name, word))
         x += width + 2 * size
-    sheet = Image.new("RGB", (image.width, image.height + y + row), _PAPER)
+    sheet = Image.new("RGB", (image.width, image.height + y + row), PAPER)
     sheet.paste(image, (0, 0))
     draw = ImageDraw.Draw(sheet)
     for x, y, colour, name, word in places:
         top = image.height + y
         draw.rounded_rectangle((x, top + size // 6, x + size, top + size + size // 6), size // 5, fill=colour)
-        draw.text((x + size * 1.5, top), name, _INK, font)
-        draw.text((x + size * 1.5 + font.getlength(name) + gap, top), word, _FAINT, font)
+        draw.text((x + size * 1.5, top), name, INK, font)
+        draw.text((x + size * 1.5 + font.getlength(name) + gap, top), word, FAINT, font)
     return sheet
 
 
@@ -129,19 +129,19 @@ def picture_grid(
     width = max(1, round(max(image.width for image in images) * factor))
     height = max(1, round(max(image.height for image in images) * factor))
     size = max(15, cell // 20)
-    font, faint, gap = _font(size), _font(max(13, size * 3 // 4)), max(6, cell // 64)
+    font, faint, gap = typeface(size), typeface(max(13, size * 3 // 4)), max(6, cell // 64)
     beside = gap * 2 + int(max([faint.getlength(titles[1]), *(font.getlength(text) for text in down)]))
     above = gap * 2 + 2 * size + size // 2
-    sheet = Image.new("RGB", (beside + len(across) * (width + gap), above + len(down) * (height + gap)), _PAPER)
+    sheet = Image.new("RGB", (beside + len(across) * (width + gap), above + len(down) * (height + gap)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((beside, gap), titles[0], _FAINT, faint)
+    draw.text((beside, gap), titles[0], FAINT, faint)
     for column, text in enumerate(across):
-        draw.text((beside + column * (width + gap) + width / 2, above - gap), text, _INK, font, anchor="ms")
+        draw.text((beside + column * (width + gap) + width / 2, above - gap), text, INK, font, anchor="ms")
     for row, text in enumerate(down):
         middle = above + row * (height + gap) + height / 2
         if row == 0:
-            draw.text((gap, above), titles[1], _FAINT, faint)
-        draw.text((gap, middle), text, _INK, font, anchor="lm")
+            draw.text((gap, above), titles[1], FAINT, faint)
+        draw.text((gap, middle), text, INK, font, anchor="lm")
     for number, image in enumerate(images):
         x = beside + number % len(across) * (width + gap)
         y = above + number // len(across) * (height + gap)
@@ -185,7 +185,7 @@ def explain(point: PointFigure) -> Tensor:
     sheet = Image.new(
         "RGB",
         (columns * _PANEL + (columns + 1) * _GAP, rows * (_PANEL + _TITLE) + (rows + 1) * _GAP + 30),
-        _PAPER,
+        PAPER,
     )
     draw = ImageDraw.Draw(sheet)
     accent = PALETTE[0]
@@ -194,8 +194,8 @@ def explain(point: PointFigure) -> Tensor:
     def place(number: int, title: str, under: str, image: Image.Image) -> None:
         x = _GAP + (number % columns) * (_PANEL + _GAP)
         y = _GAP + (number // columns) * (_PANEL + _TITLE + _GAP)
-        draw.text((x, y), title, _INK, _font(23))
-        draw.text((x, y + 30), under, _FAINT, _font(17))
+        draw.text((x, y), title, INK, typeface(23))
+        draw.text((x, y + 30), under, FAINT, typeface(17))
         image.thumbnail((_PANEL, _PANEL), Image.Resampling.LANCZOS)
         sheet.paste(image, (x, y + _TITLE))
 
@@ -206,7 +206,7 @@ def explain(point: PointFigure) -> Tensor:
 
     colours = to_image(point.values).resize(picture.size, Image.Resampling.BICUBIC)
     shown = colours.copy()
-    _mark(ImageDraw.Draw(shown), point.at, shown.size, _INK)
+    _mark(ImageDraw.Draw(shown), point.at, shown.size, INK)
     place(1, f"What {point.name} is, place by place", "values of the nested attention, as colours", shown)
     constant = to_image(point.constant[None, None].expand(2, 2, 3)).resize(picture.size)
     place(2, f'What "{point.word}" would be', "without nested attention: one value everywhere", constant)
@@ -221,7 +221,7 @@ def explain(point: PointFigure) -> Tensor:
               _photo(point.photos, one, accent))  # fmt: skip
         place(5, "Where the answer comes from", "all tokens, by how much they answer",
               _photo(point.photos, every, accent))  # fmt: skip
-    draw.text((_GAP, sheet.height - 30 - _GAP // 2), point.footer, _FAINT, _font(17))
+    draw.text((_GAP, sheet.height - 30 - _GAP // 2), point.footer, FAINT, typeface(17))
     return to_tensor(sheet)
 
 
@@ -232,7 +232,7 @@ def _fitted(image: Image.Image) -> Image.Image:
 
 def _mark(draw: ImageDraw.ImageDraw, at: tuple[float, float], size: tuple[int, int], colour: Colour) -> None:
     x, y, r = at[0] * size[0], at[1] * size[1], 11
-    for width, fill in ((7, _PAPER), (4, colour)):
+    for width, fill in ((7, PAPER), (4, colour)):
         draw.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=width)
 
 
@@ -253,10 +253,10 @@ def _bars(tokens: Tensor, accent: Colour) -> Image.Image:
         draw.rectangle(
             (x, floor - height / top * (_PANEL - 2 * margin - 24), x + max(1.0, width * 0.72), floor), fill=colour
         )
-    draw.line((margin, floor, _PANEL - margin, floor), fill=_FAINT)
-    draw.text((margin, 8), f"{top:.0%} at most", _FAINT, _font(16))
+    draw.line((margin, floor, _PANEL - margin, floor), fill=FAINT)
+    draw.text((margin, 8), f"{top:.0%} at most", FAINT, typeface(16))
     for number, x in ((0, margin), (len(tokens) - 1, _PANEL - margin - 34)):
-        draw.text((x, floor + 5), str(number), _FAINT, _font(15))
+        draw.text((x, floor + 5), str(number), FAINT, typeface(15))
     return image
 
 
@@ -268,11 +268,11 @@ def _photo(photos: Tensor, sources: Tensor, accent: Colour) -> Image.Image:
     low, high = heat.median(), heat.amax()
     shown = _tinted(image, [(_resized((heat - low) / (high - low).clamp_min(1e-12), image.size), accent)])
     if len(photos) > 1:
-        ImageDraw.Draw(shown).text((12, 10), f"view {strongest + 1} of {len(photos)}", _INK, _font(18))
+        ImageDraw.Draw(shown).text((12, 10), f"view {strongest + 1} of {len(photos)}", INK, typeface(18))
     return shown
 
 
 def _note(text: str) -> Image.Image:
     image = Image.new("RGB", (_PANEL, _PANEL), (30, 33, 39))
-    ImageDraw.Draw(image).multiline_text((30, 150), text, _FAINT, _font(22), spacing=10)
+    ImageDraw.Draw(image).multiline_text((30, 150), text, FAINT, typeface(22), spacing=10)
     return image

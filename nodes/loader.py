@@ -75,8 +75,8 @@ class NestedEncoderLoader(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="SDXL also reads one summary vector of the prompt. eos: at the prompt's end, as always; "
-                    "placeholder: at the subject's word. auto: what the file says; placeholder for a file of the public "
-                    "encoder's sizes, else eos.",
+                    "placeholder: at the subject's word. auto: what the file says; placeholder for a file of the "
+                    "public encoder's sizes, else eos.",
                 ),
             ],
             outputs=[NestedEncoder.Output(display_name="encoder", tooltip="For Encode Subject and Load Subject.")],

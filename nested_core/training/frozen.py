@@ -118,8 +118,11 @@ class FrozenEncoders:
     @torch.no_grad()
     def latents(self, batch: Batch) -> Tensor:
         """Targets (B, H, W, 3) -> scaled latents (B, C, H/8, W/8), fp32: the mean of the VAE's posterior."""
-        if batch.latents is not None:
-            return batch.latents.to(self.device)
+        return self.encoded(batch.targets) if batch.latents is None else batch.latents.to(self.device)
+
+    @torch.no_grad()
+    def encoded(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, H, W, 3) in 0..1 -> scaled latents, as in `latents`."""
 
         def encode(parts: Sequence[Tensor]) -> list[Entry]:
             vae = self.base.vae
@@ -129,7 +132,7 @@ class FrozenEncoders:
             shift = getattr(vae.config, "shift_factor", None) or 0.0
             return [{"latents": row.float()} for row in (latents - shift) * vae.config.scaling_factor]
 
-        entries = self._cached("vae", list(batch.targets), _pixels, encode)
+        entries = self._cached("vae", list(pictures), _pixels, encode)
         return torch.stack([entry["latents"] for entry in entries]).to(self.device)
 
     @torch.no_grad()

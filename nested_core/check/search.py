@@ -1,0 +1,164 @@
+"""The search: all combinations at one noise level, the better half at two, and so on (successive halving)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..encoder import EncoderConfig
+from ..errors import NestedAttentionError
+from .settings import Settings, combinations, with_pooled
+from .statistics import chances, paired
+
+LEVELS = (0.4, 0.6, 0.25, 0.75)
+"""Noise levels, as the share of the noise schedule that is done: 0 is pure noise. In the order of the rounds."""
+FINALISTS = 5
+LEAST_PHOTOS = 3
+
+
+class Bench(Protocol):
+    """What computes denoising losses of some photos, through one encoder on one base model."""
+
+    @property
+    def config(self) -> EncoderConfig:
+        """The encoder's, as its file has it."""
+        ...
+
+    @property
+    def photos(self) -> int: ...
+
+    def loss(self, settings: Settings | None, photo: int, shown: int, level: float) -> float:
+        """Mean squared error of the U-Net's estimate of a photo's latents, under the plain caption.
+
+        settings: None is without a subject. shown: whose photo the encoder sees. level: as in LEVELS. The noise depends
+        on photo and level alone.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search measured.
+
+    candidates: the combinations. losses: (C, n, L), relative to the mean loss without a subject at that level, NaN
+    where a candidate was out of the race. best: the winner's index. nothing, other: (n, L) without a subject, and with
+    the winner when the encoder sees the next photo instead. passes: forward passes of the U-Net.
+    """
+
+    candidates: tuple[Settings, ...]
+    losses: Tensor
+    best: int
+    nothing: Tensor
+    other: Tensor
+    passes: int
+
+    @property
+    def settings(self) -> Settings:
+        return self.candidates[self.best]
+
+    def chances(self) -> Tensor:
+        """The chance of each combination to be the best one, (C,)."""
+        return chances(self.losses, self.best)
+
+    def certainty(self, name: str) -> float:
+        """How likely the winner's value of one setting is the best one: the chances of all that share it."""
+        value = getattr(self.settings, name)
+        alike = torch.tensor([getattr(candidate, name) == value for candidate in self.candidates])
+        return float(self.chances()[alike].sum())
+
+    def gain(self) -> Tensor:
+        """How much the subject lowers the error in each photo, as a share of it: (n,)."""
+        return (self.nothing - self.losses[self.best]).mean(1)
+
+    def own(self) -> Tensor:
+        """How much more the photo itself helps than another one, in each photo: (n,)."""
+        return (self.other - self.losses[self.best]).mean(1)
+
+    def behind(self) -> Tensor:
+        """How far each combination is behind the winner in each photo: (C, n)."""
+        return paired(self.losses, self.best)
+
+
+def passes_of(config: EncoderConfig, photos: int) -> int:
+    """How many forward passes of the U-Net a search takes."""
+    alive, total = len(combinations(config)), 0
+    for number in range(len(LEVELS)):
+        total += alive
+        alive = max(FINALISTS, -(-alive // 2)) if number + 1 < len(LEVELS) else alive
+    finalists = list(combinations(config)[:FINALISTS])
+    total += (len(with_pooled(finalists, config)) - len(finalists)) * len(LEVELS)
+    return (total + 2 * len(LEVELS)) * photos
+
+
+def search(bench: Bench, progress: Callable[[], None] = lambda: None) -> Found:
+    """Finds the settings under which photos are denoised best.
+
+    progress: called after every forward pass; what it raises ends the search.
+
+    Raises NestedAttentionError for fewer than LEAST_PHOTOS photos, and losses that are not numbers.
+    """
+    if bench.photos < LEAST_PHOTOS:
+        raise NestedAttentionError(
+            f"{bench.photos} photo(s) can't settle anything: give at least {LEAST_PHOTOS}, better 8, of different "
+            "subjects if you can."
+        )
+    race = _Race(bench, progress)
+    alive = combinations(bench.config)
+    for number, level in enumerate(range(len(LEVELS))):
+        race.measure(alive, [level])
+        if number + 1 < len(LEVELS):
+            alive = race.better(alive, max(FINALISTS, -(-len(alive) // 2)))
+    alive = race.better(alive, FINALISTS)
+    branched = [settings for settings in with_pooled(alive, bench.config) if settings not in alive]
+    race.measure(branched, range(len(LEVELS)))
+    best = race.better([*alive, *branched], 1)[0]
+    other = race.row(best, range(len(LEVELS)), lambda photo: (photo + 1) % bench.photos)
+    candidates = tuple(race.losses)
+    return Found(
+        candidates, torch.stack(list(race.losses.values())), candidates.index(best), race.nothing, other, race.passes
+    )
+
+
+class _Race:
+    """What was measured so far."""
+
+    def __init__(self, bench: Bench, progress: Callable[[], None]) -> None:
+        self.bench, self.progress, self.passes = bench, progress, 0
+        self.losses: dict[Settings, Tensor] = {}
+        self.scale = torch.ones(len(LEVELS), dtype=torch.float64)
+        self.nothing = self.row(None, range(len(LEVELS)))
+        self.scale = self.nothing.mean(0)
+        self.nothing = self.nothing / self.scale
+
+    def measure(self, candidates: Sequence[Settings], levels: Sequence[int]) -> None:
+        for candidate in candidates:
+            row = self.row(candidate, levels)
+            known = self.losses.get(candidate)
+            self.losses[candidate] = row if known is None else torch.where(row.isnan(), known, row)
+
+    def row(
+        self, settings: Settings | None, levels: Sequence[int], shown: Callable[[int], int] = lambda photo: photo
+    ) -> Tensor:
+        """Losses (n, L), NaN at other levels than these."""
+        row = torch.full((self.bench.photos, len(LEVELS)), torch.nan, dtype=torch.float64)
+        for photo in range(self.bench.photos):
+            for level in levels:
+                loss = self.bench.loss(settings, photo, shown(photo), LEVELS[level])
+                if loss != loss or loss == float("inf"):
+                    raise NestedAttentionError(
+                        f"The denoising error of photo {photo + 1} is not a number "
+                        f"({'without a subject' if settings is None else settings}). The model overflows its type: "
+                        "start ComfyUI with --force-fp32, or load the model in bf16."
+                    )
+                row[photo, level] = loss / self.scale[level]
+                self.passes += 1
+                self.progress()
+        return row
+
+    def better(self, candidates: Sequence[Settings], count: int) -> list[Settings]:
+        """The `count` with the lowest mean loss; all were measured at the same levels."""
+        return sorted(candidates, key=lambda candidate: float(self.losses[candidate].nanmean()))[:count]
