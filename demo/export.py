@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -212,17 +211,7 @@ def write_pipeline(
         raise FileExistsError(f"{folder} is there and is no diffusers folder: name another place, or move it away.")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    pipeline: Any = StableDiffusionPipeline(
-        vae=codec,
-        text_encoder=text_encoder,
-        tokenizer=models.tokenizer(),
-        unet=unet,
-        scheduler=models.scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=tower,
-        requires_safety_checker=False,
-    )
+    pipeline = models.pipeline(unet, text_encoder, codec, tower)
     try:
         pipeline.save_pretrained(part)
         # Beside the tower, as transformers has it: what it was trained on is not what CLIP models usually are.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from nested_core.encoder import EncoderConfig
-from nested_core.training import EncoderSettings
+from nested_core.training import BaseModel, EncoderSettings, VisionTower
 
 from . import FAMILY, world
 
@@ -291,6 +291,21 @@ def encoder_settings(**changes: Any) -> EncoderSettings:
         ),
         **changes,
     )  # fmt: skip
+
+
+def pipeline(unet: Any, text_encoder: CLIPTextModel, codec: Any, tower: Any = None) -> Any:
+    """The base model as diffusers has it."""
+    return StableDiffusionPipeline(
+        vae=codec, text_encoder=text_encoder, tokenizer=tokenizer(), unet=unet, scheduler=scheduler(),
+        safety_checker=None, feature_extractor=None, image_encoder=tower, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def base_model(unet: Any, text_encoder: CLIPTextModel, codec: Any, tower: Any) -> BaseModel:
+    """The base model and the vision tower as the training has them."""
+    return BaseModel(
+        pipeline(unet, text_encoder, codec), VisionTower(tower, VISION_MEAN, VISION_STD), name="Small World"
+    )
 
 
 def encoder_config() -> EncoderConfig:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from diffusers import ControlNetModel, StableDiffusionPipeline
+from diffusers import ControlNetModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
@@ -32,13 +32,11 @@ from nested_core.checkpoint import load_encoder, read_encoder, write_encoder
 from nested_core.encoder import NestedEncoder
 from nested_core.files import whole
 from nested_core.training import (
-    BaseModel,
     InitConfig,
     LossConfig,
     OptimiserConfig,
     SampleConfig,
     TrainingConfig,
-    VisionTower,
     train,
 )
 
@@ -446,10 +444,6 @@ class Run:
             for module in base.unet.modules():
                 if isinstance(module, (ResnetBlock2D, FeedForward)):
                     module.compile()
-        pipeline = StableDiffusionPipeline(
-            vae=codec, text_encoder=base.text_encoder, tokenizer=base.tokenizer, unet=base.unet,
-            scheduler=models.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
         config = TrainingConfig(
             output=str(self.folder / name),
             steps=max(2, round(int(match["steps"] or STEPS["encoder"]) * self.scale)),
@@ -469,7 +463,7 @@ class Run:
             samples=SampleConfig(every=500, count=6, seeds=3, guidance=4.0),
         )  # fmt: skip
         examples = Examples(self.pictures(), self.latents())
-        parts = BaseModel(pipeline, VisionTower(tower, models.VISION_MEAN, models.VISION_STD), name="Small World")
+        parts = models.base_model(base.unet, base.text_encoder, codec, tower)
         # Which base it is for: the evaluation refuses to run it on another.
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / name / "base.txt").write_text(export.fingerprint(base.unet), "utf-8")

@@ -8,6 +8,7 @@ Plus files, which have the same structure. Where the parts are in a file, `layou
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -22,15 +23,17 @@ from .encoder import EncoderConfig, NestedEncoder
 from .errors import NestedAttentionError
 from .files import PRECISIONS, few, flatten, open_weights, save_tensors
 from .layouts import State, check_rest, families_of, find_layers, find_projection
-from .metadata import FORMAT, metadata_of, own_metadata
+from .metadata import FORMAT, OWN, metadata_of, own_metadata
 from .quantised import USE_PLAIN, check_scale, split_scales
 from .recognise import config_of
+from .remembered import path_beside, remembered
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .encoder import Overrides
 
+log = logging.getLogger(__name__)
 _NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
 
@@ -45,7 +48,8 @@ def read_encoder(
 
     Safetensors, or a .bin / .pt that holds tensors only; the content tells which, not the name. The state is in memory
     of its own, whatever becomes of the file; scaled fp8 weights come as fp32.
-    `baseline` also takes encoders of the training code's decoupled baseline.
+    `baseline` also takes encoders of the training code's decoupled baseline. What the file leaves open is as Check
+    Encoder remembered it beside the file, else the default of its kind.
 
     Raises NestedAttentionError, naming the file, when it can't be read, changes meanwhile, isn't an encoder this pack
     knows, or has weights that are not numbers.
@@ -53,9 +57,23 @@ def read_encoder(
     path = Path(path)
     try:
         weights = open_weights(path)
-        return _identified(weights.tensors, weights.metadata, weights.read, overrides, baseline)
+        config, state = _identified(weights.tensors, weights.metadata, weights.read, overrides, baseline)
+        return _with_remembered(path, config, overrides), state
     except NestedAttentionError as error:
         raise NestedAttentionError(f"{path.name}: {error}") from error.__cause__
+
+
+def _with_remembered(path: Path, config: EncoderConfig, overrides: Overrides) -> EncoderConfig:
+    """The config with what Check Encoder has found out about a file that does not say it itself."""
+    if config.title.endswith(OWN):
+        return config
+    kinds = {"image_features": str, "value_norm": str, "alpha": float, "pooled": str}
+    found = remembered(path, config.fingerprint, kinds)
+    found = {name: value for name, value in found.items() if overrides.get(name) is None}
+    if found:
+        said = ", ".join(f"{name} {value}" for name, value in found.items())
+        log.info("%s: %s, as Check Encoder found (%s)", path.name, said, path_beside(path).name)
+    return replace(config, **found)
 
 
 def load_encoder(

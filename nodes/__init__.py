@@ -3,6 +3,7 @@
 from .adjust import NestedAdjustSubject
 from .apply import NestedApplySubject, NestedApplySubjectAdvanced
 from .binding import NestedShowBinding
+from .check import NestedCheckEncoder
 from .crop import NestedCropSubject
 from .encode import NestedEncodeSubject, NestedMergeSubjects
 from .grid import NestedGridValues, NestedPictureGrid
@@ -13,6 +14,7 @@ from .separate import NestedSeparateSubjects
 
 NODES = [
     NestedEncoderLoader,
+    NestedCheckEncoder,
     NestedEncodeSubject,
     NestedApplySubject,
     NestedApplySubjectAdvanced,

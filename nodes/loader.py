@@ -10,6 +10,7 @@ from comfy_api.v0_0_2 import io
 from ..nested_core.attention import VALUE_NORMS
 from ..nested_core.encoder import POOLED
 from ..nested_core.hosts.comfy.unet import load_host_encoder
+from ..nested_core.remembered import SUFFIX
 from .folders import ENCODERS, check_choice, content_marker, find
 from .types import CATEGORY, NestedEncoder
 
@@ -88,7 +89,9 @@ class NestedEncoderLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, encoder_name: str | None, **kwargs: object) -> str:
-        return content_marker(ENCODERS, encoder_name)
+        # The second is what Check Encoder remembers beside the file.
+        beside = None if encoder_name is None else f"{encoder_name}{SUFFIX}"
+        return f"{content_marker(ENCODERS, encoder_name)} {content_marker(ENCODERS, beside)}"
 
     @classmethod
     def execute(

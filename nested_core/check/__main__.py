@@ -18,14 +18,13 @@ from ..errors import NestedAttentionError
 from ..figures import to_image
 from ..files import PRECISIONS
 from ..images import prepare
-from ..metadata import OWN
-from ..remembered import remember
 from ..training.base import load_base
 from ..training.config import BaseConfig
 from .chart import chart
 from .diffusers import PLACEHOLDER, DiffusersBench
+from .keep import keep
 from .search import passes_of, search
-from .verdict import headline, report, settled, summary
+from .verdict import headline, report
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -91,11 +90,8 @@ def check(arguments: argparse.Namespace) -> None:
         (arguments.out / "report.txt").write_text(text + "\n", "utf-8")
         picture = chart(found, arguments.encoder.name, headline(found))
         to_image(picture).save(arguments.out / "chart.png")
-    sure = settled(found)
-    if arguments.remember and sure and not encoder.config.title.endswith(OWN):
-        print(
-            f"remembered in {remember(arguments.encoder, encoder.config.fingerprint, sure, summary(found, base.name))}"
-        )
+    if arguments.remember:
+        print(keep(arguments.encoder, encoder.config, found, base.name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -16,9 +17,12 @@ from ..training.base import BaseModel
 from ..training.examples import Collate, Example, ExampleSubject
 from ..training.frozen import FrozenEncoders
 from .keys import Kinship, kinship
+from .search import noise_of
 from .settings import Settings
 
 PLACEHOLDER = "<subject>"
+BATCH = 4
+"""Photos that are denoised at once."""
 
 
 class DiffusersBench:
@@ -68,32 +72,39 @@ class DiffusersBench:
         modules = [self.base.unet.get_submodule(name) for name in cross_attention(self.base.unet)]
         return kinship(self.encoder, [m.to_k.weight for m in modules], [m.heads for m in modules])
 
+    def losses(self, settings: Settings | None, shown: Sequence[int], level: float) -> Iterator[float]:
+        photos = list(range(self.photos))
+        for start in range(0, self.photos, BATCH):
+            at = slice(start, start + BATCH)
+            yield from self._batch(settings, photos[at], shown[at], level)
+
     @torch.inference_mode()
-    def loss(self, settings: Settings | None, photo: int, shown: int, level: float) -> float:
+    def _batch(
+        self, settings: Settings | None, photos: Sequence[int], shown: Sequence[int], level: float
+    ) -> list[float]:
         scheduler, unet = self.base.scheduler, self.base.unet
-        clean = self.latents[photo][None]
+        clean = self.latents[list(photos)]
         time = torch.tensor([round((1 - level) * (scheduler.config.num_train_timesteps - 1))])
-        generator = torch.Generator().manual_seed(round(level * 1000) * 100_003 + photo)
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        noise = torch.cat([noise_of(clean[:1].shape, photo, level) for photo in photos]).to(clean)
         noisy = scheduler.add_noise(clean, noise, time)
         subjects = [] if settings is None else [self._subject(settings, shown)]
         with nested_attention(unet, subjects):
             out = unet(
                 noisy.to(unet.dtype),
                 time.to(self.device),
-                encoder_hidden_states=self.states,
-                added_cond_kwargs=self._added("eos" if settings is None else settings.pooled),
+                encoder_hidden_states=self.states.expand(len(photos), -1, -1),
+                added_cond_kwargs=self._added("eos" if settings is None else settings.pooled, len(photos)),
             ).sample.float()
         kept = float(scheduler.alphas_cumprod[time]) ** 0.5
         spoilt = (1 - kept**2) ** 0.5
         of_velocity = scheduler.config.prediction_type == "v_prediction"
         estimate = kept * noisy - spoilt * out if of_velocity else (noisy - spoilt * out) / kept
-        return float((estimate - clean).square().mean())
+        return (estimate - clean).square().mean((1, 2, 3)).tolist()
 
-    def _subject(self, settings: Settings, shown: int) -> BoundSubject:
+    def _subject(self, settings: Settings, shown: Sequence[int]) -> BoundSubject:
         return BoundSubject(
             self.encoder,
-            self.tokens(shown, settings.image_features),
+            torch.cat([self.tokens(photo, settings.image_features) for photo in shown]),
             self.places,
             alpha=settings.alpha or 1.0,
             value_norm=cast(ValueNorm, settings.value_norm),
@@ -103,12 +114,12 @@ class DiffusersBench:
         weights = next(self.encoder.parameters())
         return self.encoder.encode(self.base.vision.features(self.squares[photo][None], features).to(weights))
 
-    def _added(self, pooled: str) -> dict[str, Any] | None:
+    def _added(self, pooled: str, rows: int) -> dict[str, Any] | None:
         vector = self.pooled[pooled]
         if vector is None:
             return None
-        ids = [[self.size, self.size, 0, 0, self.size, self.size]]
-        return {"text_embeds": vector, "time_ids": torch.tensor(ids, device=self.device, dtype=vector.dtype)}
+        ids = torch.tensor([[self.size, self.size, 0, 0, self.size, self.size]], device=self.device, dtype=vector.dtype)
+        return {"text_embeds": vector.expand(rows, -1), "time_ids": ids.expand(rows, -1)}
 
     @torch.inference_mode()
     def _pooled_at_placeholder(self, prompt: str) -> Tensor:

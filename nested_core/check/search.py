@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -14,8 +16,10 @@ from ..errors import NestedAttentionError
 from .settings import Settings, combinations, with_pooled
 from .statistics import chances, paired
 
-LEVELS = (0.4, 0.6, 0.25, 0.75)
-"""Noise levels, as the share of the noise schedule that is done: 0 is pure noise. In the order of the rounds."""
+ROUNDS = ((0.45,), (0.3,), (0.6,), (0.15, 0.225, 0.375, 0.525, 0.675))
+"""Noise levels of each round, as the share of the noise schedule that is done: 0 is pure noise. Where there is more
+noise a subject matters more, until nothing of the photo can be guessed."""
+LEVELS = tuple(level for levels in ROUNDS for level in levels)
 FINALISTS = 5
 LEAST_PHOTOS = 3
 
@@ -31,11 +35,11 @@ class Bench(Protocol):
     @property
     def photos(self) -> int: ...
 
-    def loss(self, settings: Settings | None, photo: int, shown: int, level: float) -> float:
-        """Mean squared error of the U-Net's estimate of a photo's latents, under the plain caption.
+    def losses(self, settings: Settings | None, shown: Sequence[int], level: float) -> Iterable[float]:
+        """Mean squared error of the U-Net's estimate of each photo's latents, under the plain caption.
 
-        settings: None is without a subject. shown: whose photo the encoder sees. level: as in LEVELS. The noise depends
-        on photo and level alone.
+        settings: None is without a subject. shown: for each photo, which one the encoder sees. level: as in LEVELS. The
+        noise depends on photo and level alone.
         """
         ...
 
@@ -60,6 +64,7 @@ class Found:
     def settings(self) -> Settings:
         return self.candidates[self.best]
 
+    @cached_property
     def chances(self) -> Tensor:
         """The chance of each combination to be the best one, (C,)."""
         return chances(self.losses, self.best)
@@ -68,7 +73,7 @@ class Found:
         """How likely the winner's value of one setting is the best one: the chances of all that share it."""
         value = getattr(self.settings, name)
         alike = torch.tensor([getattr(candidate, name) == value for candidate in self.candidates])
-        return float(self.chances()[alike].sum())
+        return float(self.chances[alike].sum())
 
     def gain(self) -> Tensor:
         """How much the subject lowers the error in each photo, as a share of it: (n,)."""
@@ -85,13 +90,19 @@ class Found:
 
 def passes_of(config: EncoderConfig, photos: int) -> int:
     """How many forward passes of the U-Net a search takes."""
-    alive, total = len(combinations(config)), 0
-    for number in range(len(LEVELS)):
-        total += alive
-        alive = max(FINALISTS, -(-alive // 2)) if number + 1 < len(LEVELS) else alive
-    finalists = list(combinations(config)[:FINALISTS])
-    total += (len(with_pooled(finalists, config)) - len(finalists)) * len(LEVELS)
-    return (total + 2 * len(LEVELS)) * photos
+    alive = finalists = combinations(config)
+    total = 0
+    for levels in ROUNDS:
+        finalists = alive
+        total += len(finalists) * len(levels)
+        alive = finalists[: _survivors(len(finalists))]
+    branched = len(with_pooled(finalists, config)) - len(finalists)
+    return (total + (branched + 2) * len(LEVELS)) * photos
+
+
+def _survivors(count: int) -> int:
+    """How many of so many candidates the next round has."""
+    return max(FINALISTS, -(-count // 2))
 
 
 def search(bench: Bench, progress: Callable[[], None] = lambda: None) -> Found:
@@ -107,16 +118,16 @@ def search(bench: Bench, progress: Callable[[], None] = lambda: None) -> Found:
             "subjects if you can."
         )
     race = _Race(bench, progress)
-    alive = combinations(bench.config)
-    for number, level in enumerate(range(len(LEVELS))):
-        race.measure(alive, [level])
-        if number + 1 < len(LEVELS):
-            alive = race.better(alive, max(FINALISTS, -(-len(alive) // 2)))
-    alive = race.better(alive, FINALISTS)
-    branched = [settings for settings in with_pooled(alive, bench.config) if settings not in alive]
+    alive = finalists = combinations(bench.config)
+    for levels in ROUNDS:
+        finalists = alive
+        race.measure(finalists, [LEVELS.index(level) for level in levels])
+        alive = race.better(finalists, _survivors(len(finalists)))
+    branched = [settings for settings in with_pooled(finalists, bench.config) if settings not in finalists]
     race.measure(branched, range(len(LEVELS)))
+    best = race.better([*finalists, *branched], 1)[0]
     best = race.better([*alive, *branched], 1)[0]
-    other = race.row(best, range(len(LEVELS)), lambda photo: (photo + 1) % bench.photos)
+    other = race.row(best, range(len(LEVELS)), [*range(1, bench.photos), 0])
     candidates = tuple(race.losses)
     return Found(
         candidates, torch.stack(list(race.losses.values())), candidates.index(best), race.nothing, other, race.passes
@@ -140,15 +151,13 @@ class _Race:
             known = self.losses.get(candidate)
             self.losses[candidate] = row if known is None else torch.where(row.isnan(), known, row)
 
-    def row(
-        self, settings: Settings | None, levels: Sequence[int], shown: Callable[[int], int] = lambda photo: photo
-    ) -> Tensor:
-        """Losses (n, L), NaN at other levels than these."""
+    def row(self, settings: Settings | None, levels: Sequence[int], shown: Sequence[int] | None = None) -> Tensor:
+        """Losses (n, L), NaN at other levels than these. shown: as in `Bench.losses`; None is each photo itself."""
         row = torch.full((self.bench.photos, len(LEVELS)), torch.nan, dtype=torch.float64)
-        for photo in range(self.bench.photos):
-            for level in levels:
-                loss = self.bench.loss(settings, photo, shown(photo), LEVELS[level])
-                if loss != loss or loss == float("inf"):
+        for level in levels:
+            losses = self.bench.losses(settings, shown or range(self.bench.photos), LEVELS[level])
+            for photo, loss in enumerate(losses):
+                if not math.isfinite(loss):
                     raise NestedAttentionError(
                         f"The denoising error of photo {photo + 1} is not a number "
                         f"({'without a subject' if settings is None else settings}). The model overflows its type: "
@@ -162,3 +171,9 @@ class _Race:
     def better(self, candidates: Sequence[Settings], count: int) -> list[Settings]:
         """The `count` with the lowest mean loss; all were measured at the same levels."""
         return sorted(candidates, key=lambda candidate: float(self.losses[candidate].nanmean()))[:count]
+
+
+def noise_of(shape: Sequence[int], photo: int, level: float) -> Tensor:
+    """The same for a photo and level, whatever the settings, the device and the batch."""
+    generator = torch.Generator().manual_seed(round(level * 1000) * 100_003 + photo)
+    return torch.randn(tuple(shape), generator=generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..encoder import POOLED, EncoderConfig
 
@@ -32,6 +32,12 @@ def settings_of(config: EncoderConfig) -> Settings:
     """What a config says."""
     alpha = None if config.value_norm == "none" else config.alpha
     return Settings(config.image_features, config.value_norm, alpha, config.pooled)
+
+
+def config_with(config: EncoderConfig, settings: Settings) -> EncoderConfig:
+    """The config with these settings; an α that is not used stays."""
+    alpha = config.alpha if settings.alpha is None else settings.alpha
+    return replace(config, **{**vars(settings), "alpha": alpha})
 
 
 def combinations(config: EncoderConfig) -> list[Settings]:

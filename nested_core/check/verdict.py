@@ -15,6 +15,10 @@ from .statistics import interval, photos_to_settle
 
 SURE = 0.95
 """Certainty from which on a setting is called settled, and remembered."""
+_OTHER_CAUSES = (
+    "the wrong vision tower; a LoRA or another patch on the model that changes its cross-attention; photos unlike "
+    "those that it was trained on (for a face encoder: not cut out and upright)."
+)
 WORDS = {
     "image_features": "image features", "value_norm": "value norm", "alpha": "alpha", "pooled": "pooled text vector",
 }  # fmt: skip
@@ -64,7 +68,7 @@ def headline(found: Found) -> str:
     return f"{found.settings}"
 
 
-def report(found: Found, config: EncoderConfig, name: str, kin: Kinship, photos: str = "photos") -> str:
+def report(found: Found, config: EncoderConfig, name: str, kin: Kinship | None, photos: str = "photos") -> str:
     """The whole report, as text.
 
     config: as the loader gave it. name: of the encoder's file.
@@ -80,7 +84,7 @@ def report(found: Found, config: EncoderConfig, name: str, kin: Kinship, photos:
     return "\n".join([*lines, "", *_table(found)])
 
 
-def _effect(found: Found, kin: Kinship) -> list[str]:
+def _effect(found: Found, kin: Kinship | None) -> list[str]:
     gain, own = found.gain(), found.own()
     said = f"With the subject the denoising error is {_change(gain)} (best of {len(found.candidates)} combinations)."
     if not works(found):
@@ -95,7 +99,9 @@ def _effect(found: Found, kin: Kinship) -> list[str]:
     return [f"This encoder works on this model. {said} Beside seeing another one of the photos: {_change(own)}."]
 
 
-def _cause(kin: Kinship) -> str:
+def _cause(kin: Kinship | None) -> str:
+    if kin is None:
+        return f"Likely causes: it was made for another base model; {_OTHER_CAUSES}"
     if kin.shaped < 1.5:
         return (
             "Its keys are as even as random numbers are: it was hardly trained, or the file is damaged. Get it again."
@@ -108,8 +114,7 @@ def _cause(kin: Kinship) -> str:
         )
     return (
         f"Its keys are of this model's kind (likeness {kin.likeness:.2f}), so the base model is right. Likely causes: "
-        "the wrong vision tower; a LoRA or another patch on the model that changes its cross-attention; photos unlike "
-        "those that it was trained on (for a face encoder: not cut out and upright)."
+        f"{_OTHER_CAUSES}"
     )
 
 
@@ -126,7 +131,7 @@ def _certainties(found: Found, count: int) -> list[str]:
 
 def _more(found: Found, name: str, count: int) -> str:
     """What would settle a setting: its nearest rival with another value."""
-    chances, behind = found.chances(), found.behind()
+    chances, behind = found.chances, found.behind()
     rivals = [i for i, c in enumerate(found.candidates) if getattr(c, name) != getattr(found.settings, name)]
     rival = max(rivals, key=lambda i: float(chances[i]))
     needed = photos_to_settle(behind[rival])
@@ -168,7 +173,7 @@ class Line:
 
 def table(found: Found, most: int = 12) -> list[Line]:
     """The best combinations, at most so many; then the winner when it sees another photo, and no subject."""
-    behind, chances = found.behind(), found.chances()
+    behind, chances = found.behind(), found.chances
     order = sorted(range(len(behind)), key=lambda i: float(behind[i].mean()))[:most]
     lines = [Line(str(found.candidates[i]), behind[i], float(chances[i])) for i in order]
     return [*lines, Line("another photo", found.own()), Line("no subject", found.gain())]
