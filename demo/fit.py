@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,89 +22,106 @@ from nested_core.files import whole
 Loss = Callable[[random.Random], tuple[Tensor, dict[str, float]]]
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a module is trained."""
+
+    steps: int
+    lr: float
+    seed: int
+    ema: float = 0.999
+    weight_decay: float = 0.01
+    warmup: int = 100
+
+
+class _Training:
+    """What a training has besides the module: all of it is saved, and comes back from `path`."""
+
+    def __init__(self, module: nn.Module, recipe: Recipe, path: Path) -> None:
+        self.module, self.path, self.step, self.seconds = module, path, 0, 0.0
+        self.accelerator = Accelerator(mixed_precision="bf16")
+        device = self.accelerator.device
+        optimizer = torch.optim.AdamW(
+            module.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.99)
+        )
+        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=recipe.warmup, num_training_steps=recipe.steps)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(
+            module.to(device, memory_format=torch.channels_last), optimizer, schedule
+        )
+        self.average = EMAModel(self.model.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.75)
+        self.average.to(device)
+        self._parts = {"module": module, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.average}
+        if path.is_file():
+            state = torch.load(path, map_location=device, weights_only=True)
+            for name, part in self._parts.items():
+                part.load_state_dict(state[name])
+            self.step, self.seconds = state["step"], state["seconds"]
+
+    def save(self) -> None:
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts.items()}
+        with whole(self.path) as part:
+            torch.save({**state, "step": self.step, "seconds": self.seconds}, part)
+
+    def advance(self, loss: Loss, rng: random.Random) -> dict[str, float]:
+        """One step; what is to be logged of it."""
+        torch.manual_seed(rng.getrandbits(48))
+        with self.accelerator.autocast():
+            value, figures = loss(rng)
+        self.accelerator.backward(value)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.average.step(self.model.parameters())
+        self.step += 1
+        return {"loss": float(value.detach()), **figures}
+
+
 def fit(
     name: str,
     folder: Path,
     module: nn.Module,
     loss: Loss,
-    steps: int,
+    recipe: Recipe,
     *,
-    lr: float,
-    seed: int,
-    ema: float = 0.999,
-    weight_decay: float = 0.01,
-    warmup: int = 100,
-    save_every: float = 120.0,
     log: Callable[[str], None] = print,
     note: Callable[[int], dict[str, float]] | None = None,
     note_every: int = 1000,
 ) -> nn.Module:
-    """Trains `module` for `steps` steps and leaves the averaged weights in it; returns it in eval mode.
+    """Trains `module` and leaves the averaged weights in it; returns it in eval mode. It is saved every two minutes.
 
     Each step's choices come from its own generator, so a resumed run goes on as if it had not stopped. `note` is
     called with the averaged weights in place every `note_every` steps, for figures on unseen pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)  # CPUs take a hundred times longer over them, and a young network has many
-    path = folder / f"{name}.pt"
-    accelerator = Accelerator(mixed_precision="bf16")
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    model, optimizer, schedule = accelerator.prepare(
-        module.to(accelerator.device, memory_format=torch.channels_last), optimizer, schedule
-    )
-    average = EMAModel(model.parameters(), decay=ema, use_ema_warmup=True, power=0.75)
-    average.to(accelerator.device)
-    begun, spent = 0, 0.0
-    if path.is_file():
-        state = torch.load(path, map_location=accelerator.device, weights_only=True)
-        module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        average.load_state_dict(state["ema"])
-        begun, spent = state["step"], state["seconds"]
-
-    def save(step: int) -> None:
-        state: dict[str, Any] = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        state |= {"schedule": schedule.state_dict(), "ema": average.state_dict(), "seconds": spent}
-        with whole(path) as part:
-            torch.save(state, part)
-
-    model.train()
+    training = _Training(module, recipe, folder / f"{name}.pt")
+    begun, steps = training.step, recipe.steps
+    training.model.train()
     bar = tqdm(total=steps, initial=begun, desc=name, mininterval=5)
     shown: dict[str, float] = {}
     saved = last = time.monotonic()
     for step in range(begun, steps):
-        rng = random.Random(f"{name} {seed} {step}")
-        torch.manual_seed(rng.getrandbits(48))
-        with accelerator.autocast():
-            value, figures = loss(rng)
-        accelerator.backward(value)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        average.step(model.parameters())
-        for key, figure in {"loss": float(value.detach()), **figures}.items():
+        for key, figure in training.advance(loss, random.Random(f"{name} {recipe.seed} {step}")).items():
             shown[key] = shown.get(key, figure) * 0.98 + figure * 0.02
         now = time.monotonic()
-        spent, last = spent + now - last, now
+        training.seconds, last = training.seconds + now - last, now
         bar.update()
         if step % 20 == 0:
             bar.set_postfix_str(_text(shown), refresh=False)
         if (step + 1) % note_every == 0 or step + 1 == steps:
             figures = dict(shown)
             if note:
-                figures |= _averaged(average, model, lambda done=step + 1: note(done))
-            log(f"{name} step {step + 1} of {steps}, {spent / 60:.1f} min: {_text(figures)}")
+                figures |= _averaged(training.average, training.model, lambda done=step + 1: note(done))
+            log(f"{name} step {step + 1} of {steps}, {training.seconds / 60:.1f} min: {_text(figures)}")
             last = time.monotonic()
-        if now - saved > save_every:
-            save(step + 1)
+        if now - saved > 120:
+            training.save()
             saved = now
     bar.close()
     if begun < steps:
-        save(steps)
-    average.copy_to(model.parameters())
+        training.save()
+    training.average.copy_to(training.model.parameters())
     return module.eval().requires_grad_(False)
 
 

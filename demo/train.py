@@ -11,6 +11,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts" / "kit" / "paths.py"))
-    from demo.training import main  # found only now
+    from demo.command import main  # found only now
 
     main()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import random
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +39,7 @@ from nested_core.training import (
 )
 
 from . import data, export, models, world
-from .fit import fit
+from .fit import Loss, Recipe, fit
 from .judging import answers_of, identities_of, judge, score, share_right
 from .lessons import PART_WEIGHT, Examples, at_night, caption, edges, roughen, weights
 from .shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, PROBE, VISION, WEIGHTS
@@ -96,6 +94,23 @@ class Run:
 
     def steps(self, stage: str) -> int:
         return max(2, round(STEPS[stage] * self.scale))
+
+    def fit(
+        self,
+        stage: str,
+        module: torch.nn.Module,
+        loss: Loss,
+        lr: float,
+        seed: int,
+        *,
+        name: str = "",
+        note: Callable[[int], dict[str, float]] | None = None,
+        note_every: int = 1000,
+        **recipe: Any,
+    ) -> torch.nn.Module:
+        """Trains the module of a stage, saved under `name` or the stage's own. seed: added to the run's."""
+        made = Recipe(self.steps(stage), lr, self.seed + seed, **recipe)
+        return fit(name or stage, self.folder, module, loss, made, log=self.log, note=note, note_every=note_every)
 
     def count(self, pictures: int) -> int:
         return max(64, round(pictures * self.scale))
@@ -157,8 +172,7 @@ class Run:
             error = (codec.decode(codec.encode(pixels).latents).sample - pixels).square().mean()
             return {"unseen PSNR": float(10 * torch.log10(4 / error))}
 
-        fit("codec", self.folder, codec, loss, self.steps("codec"), lr=1e-3, seed=self.seed, log=self.log, note=note,
-            note_every=200)  # fmt: skip
+        self.fit("codec", codec, loss, 1e-3, 0, note=note, note_every=200)
         with torch.no_grad():
             latents = codec.encode(self.pixels(shown.pixels, list(range(min(128, len(shown)))))).latents
         codec.register_to_config(scaling_factor=round(float(1 / latents.std()), 4))
@@ -225,8 +239,7 @@ class Run:
             rights = {name: share_right(out[name], unseen_answers[:, i]) for i, name in enumerate(models.SCORED)}
             return {"unseen": sum(rights.values()) / len(rights), "worst": min(rights.values())}
 
-        return fit("probe", self.folder, probe, loss, self.steps("probe"), lr=2e-3, seed=self.seed + 10, log=self.log,
-                   note=note, note_every=500)  # fmt: skip
+        return self.fit("probe", probe, loss, 2e-3, 10, note=note, note_every=500)
 
     def vision(self) -> torch.nn.Module:
         """The tower, trained to tell identities: from its embedding, and attribute by attribute from its patches."""
@@ -260,8 +273,7 @@ class Run:
                 figures |= {f"unseen, {title}": sum(rights) / len(rights), f"worst, {title}": min(rights)}
             return figures
 
-        fit("vision", self.folder, judged, loss, self.steps("vision"), lr=1e-3, seed=self.seed + 30, log=self.log,
-            note=note, note_every=500, warmup=300)  # fmt: skip
+        self.fit("vision", judged, loss, 1e-3, 30, note=note, note_every=500, warmup=300)
         return tower
 
     def base(self) -> Base:
@@ -299,8 +311,7 @@ class Run:
             figures = {name: plain[name] for name in ("class", "scene", "style", "identity")}
             return figures | {f"described {name}": told[name] for name in ("identity", *world.ATTRIBUTES)}
 
-        fit("base", self.folder, base, loss, self.steps("base"), lr=1e-3, seed=self.seed + 20, log=self.log,
-            ema=0.9995, warmup=300, note=note, note_every=1000)  # fmt: skip
+        self.fit("base", base, loss, 1e-3, 20, ema=0.9995, warmup=300, note=note)
         return base
 
     def denoising_loss(
@@ -352,9 +363,10 @@ class Run:
                 noisy, times, text, down_block_additional_residuals=down, mid_block_additional_residual=mid
             ).sample
 
-        fit("controlnet", self.folder, controlnet,
-            lambda rng: self.denoising_loss(rng, shown, latents[:count], base.read, predict), self.steps("controlnet"),
-            lr=5e-4, seed=self.seed + 50, log=self.log, ema=0.995, note_every=250,
+        self.fit(
+            "controlnet", controlnet,
+            lambda rng: self.denoising_loss(rng, shown, latents[:count], base.read, predict),
+            5e-4, 50, ema=0.995, note_every=250,
         )  # fmt: skip
         export.write_controlnet(path, controlnet)
         return path
@@ -376,10 +388,11 @@ class Run:
         targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
         base.unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=targets))
         trained = torch.nn.ParameterList([p for p in base.unet.parameters() if p.requires_grad])
-        fit("lora", self.folder, trained,
+        self.fit(
+            "lora", trained,
             lambda rng: self.denoising_loss(
                 rng, shown, latents, base.read, lambda noisy, times, text, _: base.unet(noisy, times, text).sample),
-            self.steps("lora"), lr=2e-3, seed=self.seed + 60, log=self.log, ema=0.99, warmup=20, note_every=100,
+            2e-3, 60, ema=0.99, warmup=20, note_every=100,
         )  # fmt: skip
         export.write_lora(path, base.unet)
         return path
@@ -416,8 +429,7 @@ class Run:
             return {"unseen": sum(rights) / len(rights), "worst": min(rights)}
 
         if not path.is_file():
-            fit(name, self.folder, judged, loss, self.steps("qformer"), lr=1e-3, seed=self.seed + 40,
-                log=self.log, note=note, note_every=250)  # fmt: skip
+            self.fit("qformer", judged, loss, 1e-3, 40, name=name, note=note, note_every=250)
             write_encoder(path, encoder)
         return path
 
@@ -553,48 +565,3 @@ def _save_sheet(pictures: Tensor, path: Path, columns: int = 8) -> None:
 STAGES = (
     "codec", "vision", "qformer", "probe", "base", "nested", "one_value", "decoupled", "controlnet", "lora", "export",
 )  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains the small world from nothing. Rerun it to go on.")
-    parser.add_argument("--out", type=Path, help="folder for pictures, checkpoints and the log (default: demo/run)")
-    parser.add_argument(
-        "--stage",
-        type=_stage,
-        help=f"only this stage and those it needs: one of {', '.join(STAGES)}, pipeline (files for the training's "
-        "command line), or an encoder trained otherwise (tokens, value_norm, alpha, features, steps, seed), such as "
-        "nested_4_tokens_seed1 or nested_none_norm_3000_steps",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--shipped", nargs="*", choices=SHIPPED, help="take these (default: all of them) from demo/weights"
-    )
-    parser.add_argument("--warm", action="store_true", help="start the base model from that in demo/weights")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the U-Net: half the time on a CPU; needs a C++ compiler"
-    )
-    parser.add_argument("--quick", action="store_true", help="a thousandth of all steps and pictures, to see it run")
-    arguments = parser.parse_args()
-    shipped = None if arguments.shipped is None else arguments.shipped or SHIPPED
-    kind = "_quick" * arguments.quick + "_shipped" * (shipped is not None)
-    run = Run(
-        arguments.out or HERE / f"run{kind}",
-        arguments.seed,
-        0.001 if arguments.quick else 1.0,
-        frozenset(shipped or ()),
-        arguments.warm,
-        arguments.compile,
-    )
-    for stage in [arguments.stage] if arguments.stage else STAGES:
-        begun = time.monotonic()
-        if ENCODER_NAME.fullmatch(stage):
-            run.encoder(stage)
-        else:
-            getattr(run, stage)()
-        run.log(f"{stage}: done, {(time.monotonic() - begun) / 60:.1f} min in this session")
-
-
-def _stage(text: str) -> str:
-    if text not in (*STAGES, "pipeline") and not ENCODER_NAME.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"there is no stage {text}")
-    return text

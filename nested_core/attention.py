@@ -318,19 +318,25 @@ def nested_delta(
         for p in range(places.shape[-1]):
             by_head.addcmul_(replaced[:, p, None], louder[..., p, None])
         prob = raised
-    start = 0
-    for term, at, count in zip(terms, factors, counts, strict=True):
-        here = slice(start, start + count)
-        start += count
-        key, value = (x.expand(q.shape[0], -1, -1) for x in (term.key, term.value))
-        mask = None
-        if term.log_weights is not None:
-            mask = term.log_weights.to(q.dtype)
-            mask = (mask if mask.ndim == 1 else mask[:, None]).expand(q.shape[0], q.shape[1], -1)
-        nested = attend(q, key, value, heads, mask).unflatten(-1, (heads, -1))  # (1), (B, Q, H, d)
-        share = prob[..., here] if at is None else prob[..., here] * at  # a'_s, where the subject acts
-        by_head.addcmul_(nested, _fitting(_rescaled(term, share, nested, replaced[:, here]), q), value=term.strength)
-        share = _fitting(share, q)
-        for p in range(count):
-            by_head.addcmul_(replaced[:, start - count + p, None], share[..., p, None], value=-term.strength)
+    parts = zip(prob.split(counts, dim=-1), replaced.split(counts, dim=1), strict=True)
+    for term, at, (share, before) in zip(terms, factors, parts, strict=True):
+        _add(by_head, q, term, share if at is None else share * at, before, attend)
     return total
+
+
+def _add(out: Tensor, q: Tensor, term: NestedTerm, share: Tensor, replaced: Tensor, attend: Attend) -> None:
+    """Adds one subject to a layer's output by head, out (B, Q, H, d).
+
+    share: a'_s where the subject acts (B, Q, H, P). replaced: V[s] (B, P, H, d).
+    """
+    heads = out.shape[2]
+    key, value = (x.expand(q.shape[0], -1, -1) for x in (term.key, term.value))
+    mask = None
+    if term.log_weights is not None:
+        mask = term.log_weights.to(q.dtype)
+        mask = (mask if mask.ndim == 1 else mask[:, None]).expand(q.shape[0], q.shape[1], -1)
+    nested = attend(q, key, value, heads, mask).unflatten(-1, (heads, -1))  # (1), (B, Q, H, d)
+    out.addcmul_(nested, _fitting(_rescaled(term, share, nested, replaced), q), value=term.strength)
+    share = _fitting(share, q)
+    for p in range(share.shape[-1]):
+        out.addcmul_(replaced[:, p, None], share[..., p, None], value=-term.strength)

@@ -50,13 +50,8 @@ def align_face(
 ) -> tuple[Tensor, Tensor]:
     """The face of every view, upright and in the place FFHQ has it: what encoders trained on FFHQ-like faces expect.
 
-    The geometry is that of CelebA-HQ (Karras et al. 2018, arXiv 1710.10196, appendix C), which FFHQ (arXiv 1812.04948)
-    took over. With the centres of both eyes and of the mouth, e = eye to eye, m = between the eyes to the mouth:
-    half-axis x = e - rot90(m), scaled to length max(2.0 |e|, 1.8 |m|); centre = between the eyes + 0.1 m. Using e and
-    m together keeps turned and tilted heads steady.
-
-    A view in which no face was found stays as it is. Between others, which are squares, that is its middle square; with
-    a mask the one around it, as `crop_to_subject` cuts it.
+    `ffhq_square` is the geometry. A view in which no face was found stays as it is. Between others, which are squares,
+    that is its middle square; with a mask the one around it, as `crop_to_subject` cuts it.
 
     Args:
         image: (B, H, W, 3 or 4), float, 0..1: the picture the landmarks were found in. One that was resized since is
@@ -93,12 +88,12 @@ def align_face(
             square, cut = crop_to_subject(image[i : i + 1], None if selected is None else selected[i : i + 1], margin)
             images.append(resize(square[0], size).clamp(0, 1))
             masks.append(snap(resize(cut[0, ..., None], size, mode="bilinear")[..., 0]))
-            continue
-        centre, axis = ffhq_square(points, i)
-        picture = torch.cat((rgb[i], alpha[i, ..., None]), dim=-1)
-        sampled, inside = _sample_square(picture, centre, axis * (1 + 2 * margin), size)
-        images.append(sampled[..., :3])
-        masks.append(snap(sampled[..., 3]) * inside)
+        else:
+            centre, axis = ffhq_square(points, i)
+            picture = torch.cat((rgb[i], alpha[i, ..., None]), dim=-1)
+            sampled, inside = _sample_square(picture, centre, axis * (1 + 2 * margin), size)
+            images.append(sampled[..., :3])
+            masks.append(snap(sampled[..., 3]) * inside)
     return torch.stack(images), torch.stack(masks)
 
 
@@ -217,7 +212,13 @@ def _rot90(vector: Tensor) -> Tensor:
 
 
 def ffhq_square(points: Tensor, view: int) -> tuple[Tensor, Tensor]:
-    """(P, 2) mesh points -> centre (2,) and half-axis (2,) of FFHQ's square, in pixels (x, y)."""
+    """(P, 2) mesh points -> centre (2,) and half-axis (2,) of FFHQ's square, in pixels (x, y).
+
+    The geometry is that of CelebA-HQ (Karras et al. 2018, arXiv 1710.10196, appendix C), which FFHQ (arXiv 1812.04948)
+    took over. With the centres of both eyes and of the mouth, e = eye to eye, m = between the eyes to the mouth:
+    half-axis x = e - rot90(m), scaled to length max(2.0 |e|, 1.8 |m|); centre = between the eyes + 0.1 m. Using e and
+    m together keeps turned and tilted heads steady.
+    """
     eye_left, eye_right = points[list(_EYE_LEFT)].mean(dim=0), points[list(_EYE_RIGHT)].mean(dim=0)
     mouth = (points[_MOUTH_LEFT] + points[_MOUTH_RIGHT]) / 2
     between_eyes = (eye_left + eye_right) / 2

@@ -14,7 +14,7 @@ from ..nested_core.hosts.comfy.values import Application
 from ..nested_core.layer_weights import parse_layer_weights
 from ..nested_core.schedule import SCHEDULES, parse_schedule
 from .apply import check_window
-from .types import CATEGORY
+from .types import CATEGORY, window_inputs
 
 
 class NestedAdjustSubject(io.ComfyNode):
@@ -44,21 +44,9 @@ class NestedAdjustSubject(io.ComfyNode):
                     step=0.05,
                     tooltip="Factor on the strength that Apply Subject gave. 1 leaves it, 0 silences the subject.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Not before this part of the sampling. What Apply Subject says holds as well.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Not after this part of the sampling. What Apply Subject says holds as well.",
+                *window_inputs(
+                    "Not before this part of the sampling. What Apply Subject says holds as well.",
+                    "Not after this part of the sampling. What Apply Subject says holds as well.",
                 ),
                 io.Combo.Input(
                     "schedule",

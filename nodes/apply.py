@@ -16,7 +16,7 @@ from ..nested_core.hosts.comfy.values import Application, HostSubject
 from ..nested_core.images import checked_mask
 from ..nested_core.layer_weights import parse_layer_weights
 from ..nested_core.prompt import Placeholder
-from .types import CATEGORY, NestedSubject
+from .types import CATEGORY, NestedSubject, window_inputs
 
 _ENCODERS_OWN = "encoder's own"
 
@@ -80,21 +80,9 @@ def _common_inputs() -> list[Any]:
             step=0.05,
             tooltip="How much of the subject. 1 is what the encoder was trained for; 0 is the untouched model.",
         ),
-        io.Float.Input(
-            "start_percent",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="When in the sampling the subject begins. Later (0.2): the composition follows the prompt more.",
-        ),
-        io.Float.Input(
-            "end_percent",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="When it stops. Earlier (0.8): fine detail comes from the model alone.",
+        *window_inputs(
+            "When in the sampling the subject begins. Later (0.2): the composition follows the prompt more.",
+            "When it stops. Earlier (0.8): fine detail comes from the model alone.",
         ),
     ]
 

@@ -9,7 +9,7 @@ from comfy_api.v0_0_2 import io
 from ..nested_core.hosts.comfy.apply import separate_subjects
 from ..nested_core.hosts.comfy.values import Apart
 from .apply import check_window
-from .types import CATEGORY
+from .types import CATEGORY, window_inputs
 
 
 class NestedSeparateSubjects(io.ComfyNode):
@@ -36,21 +36,9 @@ class NestedSeparateSubjects(io.ComfyNode):
                     step=0.05,
                     tooltip="How far the subjects are kept apart. 0: not at all. 1: they do not see each other.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="When in the sampling it begins. Not in the very first step, where nobody is anywhere yet.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="When it stops. Earlier (0.7): light and touch between them are more natural.",
+                *window_inputs(
+                    "When in the sampling it begins. Not in the very first step, where nobody is anywhere yet.",
+                    "When it stops. Earlier (0.7): light and touch between them are more natural.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For the sampler or the next node.")],

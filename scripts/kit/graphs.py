@@ -81,22 +81,24 @@ def subject_graph(
         "positive": node("CLIPTextEncode", clip=clip, text=prompt),
         "negative": node("CLIPTextEncode", clip=clip, text=negative),
         "latent": node("EmptyLatentImage", width=size, height=size, batch_size=batch),
-        "sampler": node(
-            "KSampler",
-            model=model,
-            positive=["positive", 0],
-            negative=["negative", 0],
-            latent_image=["latent", 0],
-            seed=seed,
-            steps=steps,
-            cfg=cfg,
-            sampler_name="euler",
-            scheduler="normal",
-            denoise=1.0,
-        ),
+        "sampler": _sampler(model, seed=seed, steps=steps, cfg=cfg),
         "decode": node("VAEDecode", samples=["sampler", 0], vae=["checkpoint", 2]),
         "save": node("SaveImage", images=["decode", 0], filename_prefix=prefix),
     }
+
+
+def _sampler(model: Sequence[Any], **how: float) -> Any:
+    return node(
+        "KSampler",
+        model=model,
+        positive=["positive", 0],
+        negative=["negative", 0],
+        latent_image=["latent", 0],
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=1.0,
+        **how,
+    )
 
 
 def _encode(number: str, subject: Shown) -> Graph:

@@ -17,6 +17,17 @@ from nested_core.hosts.diffusers import BoundSubject, nested_attention
 from nested_core.resampler import ResamplerShape
 
 
+def in_diffusers(subject, knob, places, rows):
+    """The same subject for diffusers, which uses nested_core as a package of its own: built there, same weights."""
+    config = subject.encoder.config
+    fields = {k: getattr(config, k) for k in config.__dataclass_fields__ if k != "resampler"}
+    module = NestedEncoder(EncoderConfig(**fields, resampler=ResamplerShape(**vars(config.resampler))))
+    module.load_state_dict(subject.encoder.module.state_dict())
+    knobs = {"strength": knob["strength"], "focus": knob.get("focus", 1.0)}
+    knobs |= {"value_norm": knob.get("value_norm"), "alpha": knob.get("identity")}
+    return BoundSubject(module, subject.subject.tokens, places, rows, **knobs)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])
 def test_predicted_noise_agrees(request, family, count):
@@ -46,24 +57,7 @@ def test_predicted_noise_agrees(request, family, count):
     bound = []
     places = {0: [], 1: [[1]], 2: [[1, 6], [3, 4]]}[count]
     for subject, knob, at in zip(subjects, knobs, places, strict=False):
-        # diffusers uses nested_core as a package of its own: the same encoder, built there from the same weights.
-        config = subject.encoder.config
-        fields = {k: getattr(config, k) for k in config.__dataclass_fields__ if k != "resampler"}
-        shape = ResamplerShape(**{k: getattr(config.resampler, k) for k in config.resampler.__dataclass_fields__})
-        module = NestedEncoder(EncoderConfig(**fields, resampler=shape))
-        module.load_state_dict(subject.encoder.module.state_dict())
-        bound.append(
-            BoundSubject(
-                module,
-                subject.subject.tokens,
-                at,
-                (positive, positive + 1),
-                strength=knob["strength"],
-                focus=knob.get("focus", 1.0),
-                value_norm=knob.get("value_norm"),
-                alpha=knob.get("identity"),
-            )
-        )
+        bound.append(in_diffusers(subject, knob, at, (positive, positive + 1)))
     unet = diffusers_unet(studio).to(x.device)
     before = copy.copy(unet.attn_processors)
     extra = {}

@@ -385,6 +385,24 @@ def inpaint_face(t: Template) -> None:
     t.files_note()
 
 
+def _second_pass(t: Template) -> None:
+    """Inside the mask of the maps: another coat for one of two."""
+    t.column(340)
+    t.group("5. A second pass, inside the mask")
+    t.node("grown", "GrowMask", widgets={"expand": 12}, mask=("maps", "mask"))
+    t.node("masked", "SetLatentNoiseMask", samples=("sampler", "LATENT"), mask=("grown", "MASK"))
+    t.node(
+        "positive2", "CLIPTextEncode", "What to change", height=130, colours=POSITIVE,
+        widgets={"text": "a photo of <anna> in a red coat on the left and <ben> on the right, in a garden, soft light"},
+        clip=("apply_ben", "clip"),
+    )  # fmt: skip
+    t.sampler(
+        ("apply_ben", "model"), latent=("masked", "LATENT"), positive=("positive2", "CONDITIONING"), key="sampler2",
+        seed=2, denoise=0.65,
+    )  # fmt: skip
+    t.decode("decode2", "sampler2")
+
+
 def who_is_where(t: Template) -> None:
     t.column(370)
     t.loaders()
@@ -421,20 +439,7 @@ def who_is_where(t: Template) -> None:
     t.node("explain", "NestedExplain", widgets={"placeholder": "<anna>", "x": 0.3, "y": 0.35},
            recording=("record", "recording"), after=("decode", "IMAGE"))  # fmt: skip
     t.node("explained", "PreviewImage", "What the subject is there", height=430, images=("explain", "image"))
-    t.column(340)
-    t.group("5. A second pass, inside the mask")
-    t.node("grown", "GrowMask", widgets={"expand": 12}, mask=("maps", "mask"))
-    t.node("masked", "SetLatentNoiseMask", samples=("sampler", "LATENT"), mask=("grown", "MASK"))
-    t.node(
-        "positive2", "CLIPTextEncode", "What to change", height=130, colours=POSITIVE,
-        widgets={"text": "a photo of <anna> in a red coat on the left and <ben> on the right, in a garden, soft light"},
-        clip=("apply_ben", "clip"),
-    )  # fmt: skip
-    t.sampler(
-        ("apply_ben", "model"), latent=("masked", "LATENT"), positive=("positive2", "CONDITIONING"), key="sampler2",
-        seed=2, denoise=0.65,
-    )  # fmt: skip
-    t.decode("decode2", "sampler2")
+    _second_pass(t)
     t.column(380)
     t.group("6. Changed there alone")
     t.save(("decode2", "IMAGE"), height=400)
