@@ -14,7 +14,7 @@ from ..nested_core.check.chart import chart
 from ..nested_core.check.keep import keep
 from ..nested_core.check.search import passes_of, search
 from ..nested_core.check.settings import config_with
-from ..nested_core.check.verdict import headline, report
+from ..nested_core.check.verdict import headline, report, table_text
 from ..nested_core.errors import NestedAttentionError
 from ..nested_core.hosts.comfy.check import PLACEHOLDER, HostBench
 from ..nested_core.hosts.comfy.values import HostEncoder
@@ -106,7 +106,8 @@ class NestedCheckEncoder(io.ComfyNode):
         if remember:
             file = find(ENCODERS, encoder.name, "encoder", "")
             text += "\n\n" + keep(file, encoder.config, found, type(model.model).__name__)
-        log.info("%s", text)
+        table = table_text(found)
+        log.info("%s\n\n%s", text, table)
         best = replace(encoder, config=config_with(encoder.config, found.settings))
         picture = chart(found, encoder.name, headline(found))[None]
-        return io.NodeOutput(best, text, picture, ui=show_text(cls, text))
+        return io.NodeOutput(best, f"{text}\n\n{table}", picture, ui=show_text(cls, text))

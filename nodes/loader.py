@@ -45,8 +45,8 @@ class NestedEncoderLoader(io.ComfyNode):
                     default=_AUTO,
                     optional=True,
                     advanced=True,
-                    tooltip="Which layer of the vision tower the encoder reads. auto: what the file says or its kind "
-                    "needs, else the last but one.",
+                    tooltip="Which layer of the vision tower the encoder reads. auto: what the file says, Check "
+                    "Encoder found or its kind needs, else the last but one.",
                 ),
                 io.Combo.Input(
                     "value_norm",
@@ -56,7 +56,8 @@ class NestedEncoderLoader(io.ComfyNode):
                     advanced=True,
                     tooltip="How strongly the subject's values are scaled: match (like the word they replace, times "
                     "alpha), match_per_head (the same within each attention head), unit (alpha itself), none (not at "
-                    "all: alpha does nothing then). auto: what the file says or its kind needs, else match.",
+                    "all: alpha does nothing then). auto: what the file says, Check Encoder found or its kind needs, "
+                    "else match.",
                 ),
                 io.Float.Input(
                     "alpha",
@@ -67,7 +68,8 @@ class NestedEncoderLoader(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     advanced=True,
-                    tooltip="Factor on the subject's values. 0 is auto: what the file says, else 2.",
+                    tooltip="Factor on the subject's values. 0 is auto: what the file says or Check Encoder found, "
+                    "else 2.",
                 ),
                 io.Combo.Input(
                     "pooled",
@@ -76,8 +78,8 @@ class NestedEncoderLoader(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="SDXL also reads one summary vector of the prompt. eos: at the prompt's end, as always; "
-                    "placeholder: at the subject's word. auto: what the file says; placeholder for a file of the "
-                    "public encoder's sizes, else eos.",
+                    "placeholder: at the subject's word. auto: what the file says or Check Encoder found; "
+                    "placeholder for a file of the public encoder's sizes, else eos.",
                 ),
             ],
             outputs=[NestedEncoder.Output(display_name="encoder", tooltip="For Encode Subject and Load Subject.")],

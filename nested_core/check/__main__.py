@@ -24,7 +24,7 @@ from .chart import chart
 from .diffusers import PLACEHOLDER, DiffusersBench
 from .keep import keep
 from .search import passes_of, search
-from .verdict import headline, report
+from .verdict import headline, report, table_text
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -83,7 +83,7 @@ def check(arguments: argparse.Namespace) -> None:
     with tqdm(total=passes, unit="pass", mininterval=1) as bar:
         found = search(bench, bar.update)
     kin = bench.kinship()
-    text = report(found, encoder.config, arguments.encoder.name, kin)
+    text = report(found, encoder.config, arguments.encoder.name, kin) + f"\n\n{table_text(found)}"
     print(text)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)

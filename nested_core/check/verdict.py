@@ -69,7 +69,7 @@ def headline(found: Found) -> str:
 
 
 def report(found: Found, config: EncoderConfig, name: str, kin: Kinship | None, photos: str = "photos") -> str:
-    """The whole report, as text.
+    """What was found, in words; `table_text` has the figures.
 
     config: as the loader gave it. name: of the encoder's file.
     """
@@ -81,7 +81,7 @@ def report(found: Found, config: EncoderConfig, name: str, kin: Kinship | None, 
         now = settings_of(config)
         if now != found.settings:
             lines.append(f"The encoder was loaded with: {now}. {_where(found, now)}")
-    return "\n".join([*lines, "", *_table(found)])
+    return "\n".join(lines)
 
 
 def _effect(found: Found, kin: Kinship | None) -> list[str]:
@@ -179,7 +179,8 @@ def table(found: Found, most: int = 12) -> list[Line]:
     return [*lines, Line("another photo", found.own()), Line("no subject", found.gain())]
 
 
-def _table(found: Found) -> list[str]:
+def table_text(found: Found) -> str:
+    """The table as text, for a font of one width."""
     lines = table(found)
     width = max(len(line.title) for line in lines)
     text = [f"{'Error above the best':{width}}      mean   95 % interval        worse in  chance"]
@@ -191,7 +192,7 @@ def _table(found: Found) -> list[str]:
         text.append(
             f"{line.title:{width}}  {float(line.differences.mean()):+8.2%}   {between:20} {worse:>8}  {chance:>6}"
         )
-    return text
+    return "\n".join(text)
 
 
 def summary(found: Found, model: str) -> str:

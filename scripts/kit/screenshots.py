@@ -39,6 +39,7 @@ SHOWN: dict[str, tuple[str, list[str]]] = {
     "NestedPictureGrid": ("strength_identity_grid", ["Picture Grid", "Save Image"]),
     "NestedAdjustSubject": ("adjust", ["Apply Subject", "Adjust Subject"]),
     "NestedShowBinding": ("binding", ["Prompt with <person>", "Show Binding"]),
+    "NestedCheckEncoder": ("check_encoder", ["Check Encoder", "How far above the best each setting is"]),
 }
 
 

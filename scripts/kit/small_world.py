@@ -138,6 +138,7 @@ _WIDGETS: dict[str, dict[str, Any]] = {
     "ControlNetLoader": {"control_net_name": CONTROLNET},
     "LoraLoader": {"lora_name": LORA, "strength_model": 1.0},
     "NestedEncodeSubject": {"class_word": lambda word: _WORDS[word]},
+    "NestedCheckEncoder": {"class_word": lambda word: _WORDS[word], "caption": "a <subject>", "size": SIZE},
     "CLIPTextEncode": {"text": lambda text: _PROMPTS[text]},
     "EmptyLatentImage": {"width": SIZE, "height": SIZE},
     "SolidMask": {"width": lambda width: width // _SMALLER, "height": SIZE},
@@ -184,6 +185,7 @@ def _pictures_by_title(folder: Path) -> dict[str, str]:
     """Writes what the Load Image nodes of workflows/ show into a folder; {node's title: file}."""
     robot, creature = held_out_figures(20, 1, "robot")[0], held_out_figures(9, 1, "creature")[0]
     other = held_out_figures(5, 1, "robot")[0]
+    people = write_portraits(held_out_figures(30, 6, "robot"), folder)
     (views,), (first,) = write_portraits([robot], folder, views=3), write_portraits([creature], folder)
     scene = world.render([other], "city", "flat", random.Random("pose"))
     scene.image.save(folder / "pose.png")
@@ -197,6 +199,7 @@ def _pictures_by_title(folder: Path) -> dict[str, str]:
         "Photo, with the face painted as its mask": "face_painted.png",
         "Photo of <anna>": first.images[0],
         "Photo of <ben>": views.images[0],
+        **{f"Photo {i + 1}": shown.images[0] for i, shown in enumerate(people)},
         **{f"View {i + 1}": name for i, name in enumerate(views.images)},
         "Picture with the pose": "pose.png",
         "Picture, with the place painted as its mask": "to_inpaint.png",

@@ -21,6 +21,7 @@ IDS = {
     "NestedGridValues",
     "NestedPictureGrid",
     "NestedAdjustSubject",
+    "NestedCheckEncoder",
     "NestedEncoderLoader",
     "NestedEncodeSubject",
     "NestedApplySubject",
@@ -86,6 +87,10 @@ def test_public_names_stay(pack):
     advanced = ["identity", "focus", "value_norm", "layer_weights", "when_unmentioned"]
     assert names == {
         "NestedEncoderLoader": (["encoder_name", "image_features", "value_norm", "alpha", "pooled"], ["encoder"]),
+        "NestedCheckEncoder": (
+            ["model", "clip", "vae", "encoder", "clip_vision", "photos", "class_word", "caption", "size", "remember"],
+            ["encoder", "report", "chart"],
+        ),
         "NestedEncodeSubject": (
             ["encoder", "clip_vision", "image", "mask", "placeholder", "class_word", "fit"],
             ["subject", "seen"],

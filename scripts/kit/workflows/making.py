@@ -120,7 +120,12 @@ def preview(result: Path, references: list[Path]) -> Image.Image:
 
 
 #: Whose picture is the preview where it is not the saved one; these say by themselves what went in.
-_SHOWN = {"who_is_where": "maps_seen", "save_subject": "seen", "strength_identity_grid": "save"}
+_SHOWN = {
+    "who_is_where": "maps_seen",
+    "save_subject": "seen",
+    "strength_identity_grid": "save",
+    "check_encoder": "chart",
+}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

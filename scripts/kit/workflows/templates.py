@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .template import CLIP, CONTROLNET, LORA, MODEL, POSITIVE, Template
+from .template import CLIP, CONTROLNET, LORA, MODEL, POSITIVE, Link, Template
 
 
 def first_portrait(t: Template) -> None:
@@ -507,10 +507,62 @@ def strength_identity_grid(t: Template) -> None:
     t.files_note()
 
 
+def check_encoder(t: Template) -> None:
+    """Six photos in one batch: which settings was this encoder trained with?"""
+    t.column(370)
+    t.loaders()
+    numbers = range(1, 7)
+    for first in (1, 4):
+        t.column(270)
+        t.group(f"1. Photos of six people, {first} to {first + 2}")
+        for number in range(first, first + 3):
+            t.photo(f"photo{number}", f"Photo {number}", 250)
+    t.column(300)
+    t.group("Together")
+    batch: Link = ("photo1", "IMAGE")
+    for number in numbers[1:]:
+        t.node(f"batch{number}", "ImageBatch", image1=batch, image2=(f"photo{number}", "IMAGE"))
+        batch = (f"batch{number}", "IMAGE")
+    t.node(
+        "faces_found", "MediaPipeFaceLandmarker", widgets={"detector_variant": "both", "num_faces": 0},
+        face_detection_model=("detector", "FACE_DETECTION_MODEL"), image=batch,
+    )  # fmt: skip
+    t.node("faces", "NestedCropSubject", image=batch, face_landmarks=("faces_found", "face_landmarks"))
+    t.column(470)
+    t.group("2. Run, and read")
+    t.node(
+        "check", "NestedCheckEncoder", height=620, model=MODEL, clip=CLIP, vae=("checkpoint", "VAE"),
+        encoder=("encoder", "encoder"), clip_vision=("tower", "CLIP_VISION"), photos=("faces", "image"),
+    )  # fmt: skip
+    t.column(620)
+    t.group("3. What was found")
+    t.node("chart", "PreviewImage", "How far above the best each setting is", height=420, images=("check", "chart"))
+    t.node("photos_seen", "PreviewImage", "The photos, as the encoder sees them", height=290, images=("faces", "image"))
+    t.note(
+        "How to use this",
+        "1. **Load six photos of six people.** More are better: another Load Image and Batch Images.\n"
+        "2. **Run.** The node says how many passes of the model are ahead; one is about one sampling step.\n"
+        "3. **Read.** Which settings the encoder was most likely trained with, how sure that is, and whether it does "
+        "anything on this checkpoint at all.\n\n"
+        "What is sure is written beside the encoder's file: **Load Nested Encoder** uses it where it says *auto*. Once "
+        "is enough.",
+        620,
+    )  # fmt: skip
+    t.note(
+        "If it does nothing",
+        "- **Another checkpoint**: the public encoder is for SDXL base and what was made from it.\n"
+        "- **The vision model**: the one that the encoder was trained with, CLIP ViT-H/14 for the public one.\n"
+        "- **The photos**: look at them below. Faces must be whole, upright and large.\n"
+        "- **A LoRA** on the model: check without it first.",
+        560,
+    )  # fmt: skip
+    t.files_note()
+
+
 TEMPLATES: dict[str, Callable[[Template], None]] = {
     f.__name__: f
     for f in (
         first_portrait, portrait_by_hand, two_subjects, several_views, save_subject, reuse_subject, regional_masks,
-        controlnet_and_lora, inpaint_face, who_is_where, strength_identity_grid,
+        controlnet_and_lora, inpaint_face, who_is_where, strength_identity_grid, check_encoder,
     )
 }  # fmt: skip
