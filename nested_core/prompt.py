@@ -23,12 +23,14 @@ class Placeholder:
     """A word of the prompt that stands for a subject.
 
     text: as written in prompts. class_word: what the text encoder reads instead. pooled: take SDXL's pooled text
-    vector at this token instead of the end of the text (an encoder whose `pooled` is "placeholder").
+    vector at this token instead of the end of the text (an encoder whose `pooled` is "placeholder"). negative: it acts
+    in texts that are steered away from, and in no others.
     """
 
     text: str
     class_word: str
     pooled: bool = False
+    negative: bool = False
 
     @property
     def key(self) -> str:

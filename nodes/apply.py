@@ -48,6 +48,7 @@ def _applied(
     subject: HostSubject,
     mask: torch.Tensor | None,
     layer_weights: str = "",
+    unconditional: HostSubject | None = None,
     **knobs: Any,
 ) -> io.NodeOutput:
     """MODEL and CLIP with the subject; `knobs` are fields of `Application`."""
@@ -64,7 +65,7 @@ def _applied(
         layer_weights=parse_layer_weights(layer_weights, unet_layers_of(model)[1]),
         **{"alpha": config.alpha, "value_norm": config.value_norm, **knobs},
     )
-    return io.NodeOutput(*apply_subject(model, clip, application))
+    return io.NodeOutput(*apply_subject(model, clip, application, unconditional))
 
 
 def _common_inputs() -> list[Any]:
@@ -202,6 +203,13 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
                     "more. 0: not at all. 1: wholly. For two people that melt into each other; set it on both. In "
                     "the models this pack is measured with it changes little.",
                 ),
+                NestedSubject.Input(
+                    "unconditional",
+                    optional=True,
+                    tooltip="What stands on the class word in the negative prompt: usually a black picture (Empty "
+                    "Image, colour 0) through Encode Subject. Not connected: nothing, as long as the negative prompt "
+                    "does not mention the subject.",
+                ),
             ],
             outputs=_outputs(),
         )
@@ -222,6 +230,7 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
         when_unmentioned: str,
         mask: torch.Tensor | None = None,
         separation: float = 0.0,
+        unconditional: HostSubject | None = None,
     ) -> io.NodeOutput:
         config = subject.encoder.config
         return _applied(
@@ -230,6 +239,7 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
             subject,
             mask,
             layer_weights,
+            unconditional,
             strength=strength,
             start=start_percent,
             end=end_percent,

@@ -74,3 +74,38 @@ def test_predicted_noise_agrees(request, family, count):
         with torch.no_grad():
             without = unet(x, timesteps, encoder_hidden_states=context, **extra).sample
         assert (without - expected).norm() / expected.norm() > 1e-3
+
+
+def test_the_unconditional_subject_is_that_of_the_negative_rows(sdxl):
+    """The class word in the negative prompt, and the placeholder: both are the black picture's, in those rows alone."""
+    subject = sdxl.subject("<anna>", "woman")
+    black = sdxl.subject("<black>", "woman", view=2)
+    model, clip = sdxl.apply_advanced(subject, unconditional=black)
+    calls = []
+
+    def watch(executor, x, timesteps, context, y, *args, **kwargs):
+        out = executor(x, timesteps, context, y, *args, **kwargs)
+        calls.append((x, timesteps, context, y, kwargs.get("transformer_options") or args[-1], out))
+        return out
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "watch", watch)
+    texts = sdxl.encode(clip, "a woman beside <anna>"), sdxl.encode(clip, "blurry woman, <anna>")
+    sdxl.sample(model, *texts, size=(16, 24))
+    ((x, timesteps, context, y, options, expected),) = calls
+    positive, negative = (options["cond_or_uncond"].index(side) for side in (0, 1))
+    knob = {"strength": 1.0}
+    bound = [
+        in_diffusers(subject, knob, [4], (positive, positive + 1)),
+        in_diffusers(black, knob, [2, 4], (negative, negative + 1)),
+    ]
+    unet = diffusers_unet(sdxl).to(x.device)
+    time_ids = torch.tensor([[128.0, 192.0, 0.0, 0.0, 128.0, 192.0]], device=x.device).expand(len(x), -1)
+    extra = {"added_cond_kwargs": {"text_embeds": y[:, :1280], "time_ids": time_ids}}
+    with torch.no_grad():
+        with nested_attention(unet, bound):
+            got = unet(x, timesteps, encoder_hidden_states=context, **extra).sample
+        with nested_attention(unet, bound[:1]):
+            without = unet(x, timesteps, encoder_hidden_states=context, **extra).sample
+    assert (got - expected).norm() / expected.norm() < 1e-4
+    assert (without - expected)[negative].norm() / expected[negative].norm() > 1e-3
+    assert (without - expected)[positive].norm() / expected[positive].norm() < 1e-4

@@ -47,11 +47,18 @@ class Step:
         Raises NestedAttentionError when two of them claim one place.
         """
         applications = self.store.applications
-        places = {
-            i: group.places[applications[i].placeholder.key]
-            for i in self.strengths
-            if applications[i].placeholder.key in group.places
-        }
+        replaced: set[str] = set()  # by those that are there for the negative side
+        if group.negative:
+            replaced = {key for i in self.strengths for key in applications[i].negative_of}
+        places: Places = {}
+        for i in self.strengths:
+            application = applications[i]
+            if application.negative_of:
+                keys = application.keys if group.negative else ()
+            else:
+                keys = () if application.placeholder.key in replaced else application.keys
+            if rows := tuple(sorted({row for key in keys for row in group.places.get(key, ())})):
+                places[i] = rows
         taken: dict[int, str] = {}
         for i, rows in places.items():
             name = applications[i].placeholder.text

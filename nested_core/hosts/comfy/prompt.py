@@ -12,8 +12,9 @@
 3. From there on the conditioning's own marks tell, until a layer of the U-Net reads it.
 
 The conditioning's dictionary has an entry as well (`CONDITIONING_KEY`): `{"length": rows, "places": {placeholder:
-[row, ...]}, "reads": [[text, placeholder], ...]}`, where "reads" is what the text encoder reads, in pieces. It is there
-to be shown, and to find out what became of a text; nothing is bound by it.
+[row, ...]}, "negative": [placeholder, ...], "reads": [[text, placeholder], ...]}`, where "negative" are those that act
+in negative prompts alone, and "reads" is what the text encoder reads, in pieces. It is there to be shown, and to find
+out what became of a text; nothing is bound by it.
 """
 
 from __future__ import annotations
@@ -303,6 +304,7 @@ class _SubjectCLIP:
         return {
             "length": cond.shape[1],
             "places": {p.text: list(rows[p.key]) for p in self.nested_attention if p.key in rows},
+            "negative": [p.text for p in self.nested_attention if p.negative],
             "reads": self._reads(tokens),
         }
 
@@ -394,6 +396,7 @@ def describe_binding(conditioning: Any) -> str:
         places = {key: rows for picture in pictures for key, rows in picture.items()}
         entry = values.get(CONDITIONING_KEY) or {}
         names = {fold(name): name for name in entry.get("places", {})}
+        told = {fold(name): ", where this is a negative prompt" for name in entry.get("negative", ())}
         reads = entry.get("reads") if entry.get("length") == cond.shape[1] else None
         if reads:
             shown = " ".join(f"[{owner}: {text}]" if fold(owner) in places else text for text, owner in reads)
@@ -406,7 +409,7 @@ def describe_binding(conditioning: Any) -> str:
             of = f"picture {i + 1}: " if len(pictures) > 1 else ""
             lines += [
                 f"    {of}{names.get(str(key), key)} is bound to {'rows' if len(rows) > 1 else 'row'} "
-                f"{', '.join(map(str, rows))} of {cond.shape[1]}"
+                f"{', '.join(map(str, rows))} of {cond.shape[1]}{told.get(str(key), '')}"
                 for key, rows in sorted(picture.items(), key=str)
             ]
         if reads and not places:

@@ -75,13 +75,14 @@ class _Run:
         self.unread: set[str] = set()  # placeholders in texts that a layer read in this step without us
         self.kept_apart: Apart | None = model.get_attachment(APART_KEY)
         self.regions: Regions | None = None
-        if self.kept_apart is not None and self.kept_apart.strength and len(applications) > 1:
-            fixed = {i: a.mask for i, a in enumerate(applications) if a.mask is not None}
+        subjects = tuple(a for a in applications if not a.negative_of)  # come first
+        if self.kept_apart is not None and self.kept_apart.strength and len(subjects) > 1:
+            fixed = {i: a.mask for i, a in enumerate(subjects) if a.mask is not None}
             self.regions = Regions(fixed, latent, model.load_device)
         recording: Recording | None = model.get_attachment(RECORDING_KEY)
         self.recorder: Recorder | None = None
-        if recording is not None and applications:
-            self.recorder = Recorder(recording, applications, self.layers, latent)
+        if recording is not None and subjects:
+            self.recorder = Recorder(recording, subjects, self.layers, latent)
         sampling = model.get_model_object("model_sampling")
 
         def window(of: Application | Apart) -> tuple[float, float]:
@@ -166,9 +167,10 @@ def _sampling_run(guider: Any, latent: Sequence[int], sigmas: Tensor) -> Iterato
     )
     _warn_of_strangers(guider.conds, applied)
     mentioned = _check_mentioned(guider.conds, applications, elsewhere)
-    applications = tuple(a for a in applications if elsewhere or a.placeholder.key in mentioned)
+    _tell_of_unconditional(guider.conds, applications)
+    applications = tuple(a for a in applications if elsewhere or mentioned.intersection(a.keys))
     # Sums are rounded in some order: with one of its own the picture does not depend on that of the nodes.
-    applications = tuple(sorted(applications, key=lambda a: a.placeholder.key))
+    applications = tuple(sorted(applications, key=lambda a: (bool(a.negative_of), a.placeholder.key)))
     run = _Run(guider, applications, latent, sigmas)
     for kind, wrapper in _WRAPPERS.items():  # innermost, so that what other wrappers change is there by then
         wrappers = options["wrappers"].setdefault(kind, {})
@@ -235,6 +237,20 @@ def _check_mentioned(
             "when_unmentioned = skip."
         )
     return set().union(*found.values())
+
+
+def _tell_of_unconditional(
+    conds: Mapping[str, Sequence[Mapping[str, Any]]], applications: Sequence[Application]
+) -> None:
+    """Says which unconditional subjects have no word in the negative prompts, where there are such."""
+    texts = [e.get("cross_attn") for name, entries in conds.items() if _is_negative(name) for e in entries]
+    mentioned: set[str] = set().union(*map(_mentioned_in, texts))
+    for application in applications:
+        if application.negative_of and texts and not mentioned.intersection(application.keys):
+            log.warning(
+                "The unconditional subject acts nowhere: no negative prompt has the word %s. Write it there, in a text "
+                "encode node whose CLIP comes from Apply Subject.", application.placeholder.text,
+            )  # fmt: skip
 
 
 def _warn_of_strangers(conds: Mapping[str, Sequence[Mapping[str, Any]]], applied: Sequence[Application]) -> None:
@@ -352,7 +368,12 @@ class _Now:
             text = entry.get("model_conds", {}).get("c_crossattn")
             if text is not None and not late and self.sigma >= entry.get("timestep_end", self.sigma):
                 mentioned |= _mentioned_in(text.cond) if "default" not in entry else set()
-        return {i for i in self.step.strengths if self.run.applications[i].placeholder.key in mentioned}
+        applications = self.run.applications
+        return {
+            i
+            for i in self.step.strengths
+            if applications[i].placeholder.key in mentioned and not applications[i].negative_of
+        }
 
 
 def _acted_nowhere(name: str, why: str, model_options: Mapping[str, Any]) -> NestedAttentionError:
@@ -383,6 +404,8 @@ def _check_all_acted(run: _Run, mentioned: set[str], model_options: Mapping[str,
         return
     for i in sorted(set(range(len(run.applications))) - run.reached):
         application = run.applications[i]
+        if application.negative_of:  # a text that has its word need not be steered away from
+            continue
         name = application.placeholder.text
         if i in run.asked or not run.stepped:
             raise _acted_nowhere(name, "no layer was called with a text that mentions it", model_options)
@@ -444,7 +467,7 @@ def _unread(text: MarkedText) -> None:
             _warn_of_plain_model(mentioned)
         return
     run.unread |= mentioned
-    here = [a.placeholder.text for a in run.applications if a.placeholder.key in mentioned]
+    here = [a.placeholder.text for a in run.applications if a.placeholder.key in mentioned and not a.negative_of]
     if here and not labelled:
         raise _acted_nowhere(", ".join(here), "it samples with options from before Apply Subject", {})
 

@@ -59,8 +59,9 @@ class Application:
     alpha, value_norm: equation (4). focus: weight of the token's logit. mask: where the subject may act, (M, H, W)
     over the whole picture, one or one per image. layer_weights: factor on the strength per layer, in the order of
     `unet_layers_of`. skip_unmentioned: let a run pass in which no positive prompt mentions the subject. separation: σ,
-    how far it yields where another subject is looked at more. schedule: how the strength moves over
-    the steps.
+    how far it yields where another subject is looked at more. schedule: how the strength moves over the steps.
+    negative_of: keys of other placeholders, in whose place this one stands in texts that are steered away from; it acts
+    nowhere else then. Empty for a subject.
     """
 
     source: HostSubject
@@ -76,6 +77,12 @@ class Application:
     skip_unmentioned: bool = False
     separation: float = 0.0
     schedule: Schedule | None = None
+    negative_of: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the placeholders whose places it takes."""
+        return tuple(dict.fromkeys((self.placeholder.key, *self.negative_of)))
 
     @property
     def idle(self) -> bool:
