@@ -17,6 +17,7 @@ TITLES = {
     "strength": "Strength",
     "identity": "identity (α), as a factor on the encoder's own",
     "focus": "focus",
+    "unconditional": "What the negative prompt has, by cfg",
     "tokens": "Number of subject tokens (each number is an encoder of its own)",
     "views": "Number of reference pictures",
     "attention": "Attention on the class word, by what is drawn there (base model, half noised)",

@@ -33,7 +33,8 @@ WITHOUT_SUBJECT = ("none", "described")
 class Condition:
     """How pictures are made. encoder: file in models/nested_attention. alpha: factor on the encoder's own.
 
-    apart: strength of Separate Subjects.
+    apart: strength of Separate Subjects. negative: what the negative prompt is: "" (nothing), "word" (the class word)
+    or "black" (the class word, and on it the tokens of a black picture).
 
     edit: whether the prompt gives the subject an attribute that it does not have, in words.
     """
@@ -48,6 +49,8 @@ class Condition:
     views: int = 1
     pair: bool = False
     edit: bool = False
+    cfg: float = 4.0
+    negative: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,12 +167,18 @@ class Bench:
             prompt = small_world.prompt(named, case.scene, case.style, bound=False)
         subjects: Sequence[Shown] = () if condition.method in WITHOUT_SUBJECT else shown
         names = {**self.names, "encoder_name": self.encoders.get(condition.encoder, "")}
-        graph = subject_graph(names, prompt, subjects, seed=case.seed, batch=self.seeds, prefix="evaluation/picture")
+        negative = f"a {shown[0].class_word}" if condition.negative else ""
+        graph = subject_graph(
+            names, prompt, subjects, negative=negative, cfg=condition.cfg, seed=case.seed, batch=self.seeds,
+            prefix="evaluation/picture",
+        )  # fmt: skip
         graph = {key: value for key, value in graph.items() if not key.startswith("seen")}
         if condition.method == "decoupled":
             _decouple(graph, len(subjects))
-        elif condition.alpha != 1 or condition.focus != 1 or condition.separation:
+        elif condition.alpha != 1 or condition.focus != 1 or condition.separation or condition.negative == "black":
             self._turn_knobs(graph, condition)
+        if condition.negative == "black":
+            self._connect_black(graph)
         if condition.apart:
             (sampler,) = [place for place in graph.values() if place["class_type"] == "KSampler"]
             inputs = {"model": sampler["inputs"]["model"], "strength": condition.apart}
@@ -187,6 +196,16 @@ class Bench:
                     "value_norm": "encoder's own", "layer_weights": "", "when_unmentioned": "stop",
                     "separation": condition.separation,
                 }  # fmt: skip
+
+    def _connect_black(self, graph: Graph) -> None:
+        """A black picture as what the subjects are in the negative prompt."""
+        encode = graph["subject0"]
+        size = {"width": world.SIZE, "height": world.SIZE, "batch_size": 1, "color": 0}
+        graph["black_picture"] = node("EmptyImage", **size)
+        graph["black"] = {**encode, "inputs": {**encode["inputs"], "image": ["black_picture", 0]}}
+        for place in graph.values():
+            if place["class_type"] == "NestedApplySubjectAdvanced":
+                place["inputs"]["unconditional"] = ["black", 0]
 
     def score(self, case: Case, files: Iterable[Path], scores: Scores, edit: bool = False) -> None:
         pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])

@@ -25,6 +25,7 @@ IDENTITIES = (0.25, 0.5, 0.75, 1.0, 1.25)  # of the encoder's own α
 FOCUS = (1.0, 1.5, 2.0, 3.0)
 SEPARATION = (0.0, 0.25, 0.5, 0.75, 1.0)
 APART = (0.0, 0.5, 1.0)
+GUIDANCE = (1.5, 3.0, 5.0, 7.5)
 EDITS = (0.5, 0.75, 1.0, 1.25)  # strengths
 TOKENS = (1, 4, 16, 64)
 VIEWS = (1, 2, 4)
@@ -96,6 +97,16 @@ def apart(bench: Bench) -> Rows:
 
 def identity(bench: Bench) -> Rows:
     return [(f"α x {x:g}", bench.measure(bench.condition("nested", alpha=x), 0.5)) for x in IDENTITIES]
+
+
+def unconditional(bench: Bench) -> Rows:
+    """What the negative side of the guidance gets: nothing, the class word, or a black picture on the class word."""
+    titles = {"": "nothing", "word": "the class word", "black": "a black picture on the class word"}
+    return [
+        (f"cfg {cfg:g}, {title}", bench.measure(bench.condition("nested", cfg=cfg, negative=negative), 0.5))
+        for cfg in GUIDANCE
+        for negative, title in titles.items()
+    ]
 
 
 def attention(bench: Bench) -> Rows:
