@@ -96,7 +96,7 @@ def test_public_names_stay(pack):
             ["subject", "seen"],
         ),
         "NestedApplySubject": ([*common, "mask"], ["model", "clip"]),
-        "NestedApplySubjectAdvanced": ([*common, *advanced, "mask", "separation"], ["model", "clip"]),
+        "NestedApplySubjectAdvanced": ([*common, *advanced, "mask", "separation", "unconditional"], ["model", "clip"]),
         "NestedAdjustSubject": (
             ["model", "placeholder", "strength", "start_percent", "end_percent", "schedule", "values", "layer_weights"],
             ["model"],

@@ -187,6 +187,6 @@ def views(bench: Bench) -> Rows:
 
 PARTS = {
     "table": table, "pairs": pairs, "separation": separation, "apart": apart, "edits": edits, "strength": strength,
-    "identity": identity, "focus": focus, "tokens": tokens, "views": views, "attention": attention,
-    "remedies": remedies,
+    "identity": identity, "focus": focus, "unconditional": unconditional, "tokens": tokens, "views": views,
+    "attention": attention, "remedies": remedies,
 }  # fmt: skip
