@@ -16,7 +16,7 @@ from ..nested_core.check.search import passes_of, search
 from ..nested_core.check.settings import config_with
 from ..nested_core.check.verdict import headline, report, table_text
 from ..nested_core.errors import NestedAttentionError
-from ..nested_core.hosts.comfy.check import PLACEHOLDER, HostBench
+from ..nested_core.hosts.comfy.check import HostBench
 from ..nested_core.hosts.comfy.values import HostEncoder
 from .folders import ENCODERS, find
 from .show import show_text
@@ -52,8 +52,8 @@ class NestedCheckEncoder(io.ComfyNode):
                 io.String.Input("class_word", default="person", tooltip="What the subjects are: person, dog."),
                 io.String.Input(
                     "caption",
-                    default=f"a photo of {PLACEHOLDER}",
-                    tooltip=f"What all photos show, with {PLACEHOLDER} where the subject stands.",
+                    default="a photo of <subject>",
+                    tooltip="What all photos show, with <subject> where the subject stands.",
                 ),
                 io.Int.Input(
                     "size",

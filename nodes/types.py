@@ -15,6 +15,6 @@ CATEGORY = "Nested Attention"
 def window_inputs(start: str, end: str) -> list[io.Float.Input]:
     """start_percent and end_percent, a part of the sampling, with these tooltips."""
     return [
-        io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
-        for name, default, tooltip in (("start_percent", 0.0, start), ("end_percent", 1.0, end))
+        io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=start),
+        io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=end),
     ]

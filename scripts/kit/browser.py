@@ -115,7 +115,7 @@ def load(page: Page, workflow: dict[str, Any], name: str) -> None:
     page.wait_for_timeout(600)
 
 
-def queue(page: Page, server: Server, patience: float = 300.0) -> dict[str, Any]:
+def queue(page: Page, server: Server, patience: float = 900.0) -> dict[str, Any]:
     """Presses Run, so to speak, and waits for the end. The history entry of that run.
 
     Raises SetupError with the host's message where the run was refused or failed.

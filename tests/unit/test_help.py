@@ -66,11 +66,14 @@ def _default(call: ast.Call, named: dict[str, ast.AST]) -> str | None:
     return str(value.value) or _EMPTY
 
 
+SHARED = _named(ast.parse((REPO / "nodes" / "types.py").read_text(encoding="utf-8")))
+
+
 def _nodes() -> dict[str, Inputs]:
     nodes: dict[str, Inputs] = {}
     for source in NODE_SOURCES:
         module = ast.parse(source.read_text(encoding="utf-8"))
-        named = _named(module)
+        named = {**SHARED, **_named(module)}
         for schema in (n for n in ast.walk(module) if isinstance(n, ast.Call) and _called(n) == "Schema"):
             node_id, inputs = _keyword(schema, "node_id"), _keyword(schema, "inputs")
             assert isinstance(node_id, ast.Constant) and inputs is not None, f"{source.name}, line {schema.lineno}"
