@@ -21,8 +21,7 @@ def chart(found: Found, name: str, verdict: str) -> Tensor:
     sheet = Image.new("RGB", (_WIDTH, bottom + 92), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((28, 18), f"{name}: {verdict}", INK, typeface(24))
-    photos = found.nothing.shape[0]
-    draw.text((28, 58), f"Error above the best: mean and 95 % interval, {photos} photos", FAINT, typeface(18))
+    draw.text((28, 58), f"Error above the best: mean and 95 % interval, {found.photos} photos", FAINT, typeface(18))
     draw.text((_WIDTH - _RIGHT + 20, 58), "chance", FAINT, typeface(18))
     ends = [interval(line.differences) for line in lines]
     least, most = min(0.0, *(low for low, _ in ends)), max(high for _, high in ends)

@@ -48,17 +48,20 @@ class Bench(Protocol):
 class Found:
     """What a search measured.
 
-    candidates: the combinations. losses: (C, n, L), relative to the mean loss without a subject at that level, NaN
-    where a candidate was out of the race. best: the winner's index. nothing, other: (n, L) without a subject, and with
-    the winner when the encoder sees the next photo instead. passes: forward passes of the U-Net.
+    candidates: the combinations. losses: (C, n, L), each as a share of the loss without a subject for the same photo
+    and level; NaN where a candidate was out of the race. best: the winner's index. other: (n, L), with the winner when
+    the encoder sees another photo instead, at each level another one. passes: forward passes of the U-Net.
     """
 
     candidates: tuple[Settings, ...]
     losses: Tensor
     best: int
-    nothing: Tensor
     other: Tensor
     passes: int
+
+    @property
+    def photos(self) -> int:
+        return self.losses.shape[1]
 
     @property
     def settings(self) -> Settings:
@@ -77,7 +80,7 @@ class Found:
 
     def gain(self) -> Tensor:
         """How much the subject lowers the error in each photo, as a share of it: (n,)."""
-        return (self.nothing - self.losses[self.best]).mean(1)
+        return (1 - self.losses[self.best]).mean(1)
 
     def own(self) -> Tensor:
         """How much more the photo itself helps than another one, in each photo: (n,)."""
@@ -127,11 +130,9 @@ def search(bench: Bench, progress: Callable[[], None] = lambda: None) -> Found:
     race.measure(branched, range(len(LEVELS)))
     best = race.better([*finalists, *branched], 1)[0]
     best = race.better([*alive, *branched], 1)[0]
-    other = race.row(best, range(len(LEVELS)), [*range(1, bench.photos), 0])
+    other = race.of_others(best)
     candidates = tuple(race.losses)
-    return Found(
-        candidates, torch.stack(list(race.losses.values())), candidates.index(best), race.nothing, other, race.passes
-    )
+    return Found(candidates, torch.stack(list(race.losses.values())), candidates.index(best), other, race.passes)
 
 
 class _Race:
@@ -140,10 +141,8 @@ class _Race:
     def __init__(self, bench: Bench, progress: Callable[[], None]) -> None:
         self.bench, self.progress, self.passes = bench, progress, 0
         self.losses: dict[Settings, Tensor] = {}
-        self.scale = torch.ones(len(LEVELS), dtype=torch.float64)
+        self.nothing = torch.ones(bench.photos, len(LEVELS), dtype=torch.float64)
         self.nothing = self.row(None, range(len(LEVELS)))
-        self.scale = self.nothing.mean(0)
-        self.nothing = self.nothing / self.scale
 
     def measure(self, candidates: Sequence[Settings], levels: Sequence[int]) -> None:
         for candidate in candidates:
@@ -163,10 +162,19 @@ class _Race:
                         f"({'without a subject' if settings is None else settings}). The model overflows its type: "
                         "start ComfyUI with --force-fp32, or load the model in bf16."
                     )
-                row[photo, level] = loss / self.scale[level]
+                row[photo, level] = loss / self.nothing[photo, level]
                 self.passes += 1
                 self.progress()
         return row
+
+    def of_others(self, settings: Settings) -> Tensor:
+        """Losses (n, L) when the encoder sees another photo, at each level another one."""
+        photos = self.bench.photos
+        parts = []
+        for level in range(len(LEVELS)):
+            step = 1 + level % (photos - 1)
+            parts.append(self.row(settings, [level], [(photo + step) % photos for photo in range(photos)])[:, level])
+        return torch.stack(parts, 1)
 
     def better(self, candidates: Sequence[Settings], count: int) -> list[Settings]:
         """The `count` with the lowest mean loss; all were measured at the same levels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +60,30 @@ def settled(found: Found) -> dict[str, Any]:
     return sure
 
 
+def _helps(differences: Tensor) -> bool | None:
+    """Whether what was measured in each photo, (n,), is above 0 on average, with SURE certainty. None where more photos
+    might tell: it is above 0 so far, and in most photos."""
+    better = int((differences > 0).sum())
+    if interval(differences)[0] > 0:
+        return True
+    return None if float(differences.mean()) > 0 and better > len(differences) / 2 else False
+
+
+def _does_nothing(found: Found) -> bool:
+    """Whether the error is not lowered; a little lower in most photos is what the best of many has by chance."""
+    gain, own = _helps(found.gain()), _helps(found.own())
+    return gain is False or (gain is None and own is False)
+
+
 def headline(found: Found) -> str:
     """The outcome in a few words."""
-    if not works(found):
+    if works(found) and is_about_the_subject(found):
+        return f"{found.settings}"
+    if _does_nothing(found):
         return "does nothing for these photos on this model"
-    if not is_about_the_subject(found):
+    if _helps(found.own()) is False:
         return "works, but does not see these photos"
-    return f"{found.settings}"
+    return "not sure yet: more photos are needed"
 
 
 def report(found: Found, config: EncoderConfig, name: str, kin: Kinship | None, photos: str = "photos") -> str:
@@ -73,7 +91,7 @@ def report(found: Found, config: EncoderConfig, name: str, kin: Kinship | None, 
 
     config: as the loader gave it. name: of the encoder's file.
     """
-    count = found.nothing.shape[0]
+    count = found.photos
     lines = [f"Check Encoder: {name}, {count} {photos}, {found.passes} forward passes", ""]
     lines += _effect(found, kin)
     if works(found) and is_about_the_subject(found):
@@ -87,16 +105,21 @@ def report(found: Found, config: EncoderConfig, name: str, kin: Kinship | None, 
 def _effect(found: Found, kin: Kinship | None) -> list[str]:
     gain, own = found.gain(), found.own()
     said = f"With the subject the denoising error is {_change(gain)} (best of {len(found.candidates)} combinations)."
-    if not works(found):
+    beside = f"Than seeing another one of the photos: {_change(own)}."
+    if works(found) and is_about_the_subject(found):
+        return [f"This encoder works on this model. {said} {beside}"]
+    if _does_nothing(found):
         return [f"THIS ENCODER DOES NOTHING FOR THESE PHOTOS ON THIS MODEL. {said}", _cause(kin)]
-    if not is_about_the_subject(found):
+    if _helps(own) is False:
         return [
-            f"WHAT THIS ENCODER SEES IS NOT THE PHOTO. {said} But seeing another one of the photos does as well: "
-            f"{_change(own)} beside that.",
+            f"WHAT THIS ENCODER SEES IS NOT THE PHOTO. {said} But another one of the photos does as well. {beside}",
             "Most likely it is the wrong vision tower, or the photos show the same subject. "
             "Load the CLIP vision model that the encoder was trained with, and give photos of different subjects.",
         ]
-    return [f"This encoder works on this model. {said} Beside seeing another one of the photos: {_change(own)}."]
+    needed = [photos_to_settle(each) for each in (gain, own) if _helps(each) is None]
+    most = max(needed, key=lambda number: number or math.inf)
+    more = f"About {most - found.photos} more" if most and most > found.photos else "Some more" if most else "Many more"
+    return [f"NOT SURE YET whether this encoder works on this model. {said} {beside} {more} photos would settle it."]
 
 
 def _cause(kin: Kinship | None) -> str:
@@ -198,4 +221,4 @@ def table_text(found: Found) -> str:
 def summary(found: Found, model: str) -> str:
     """One line for the file of what is remembered."""
     said = ", ".join(f"{name} {found.certainty(name):.0%}" for name in open_settings(found))
-    return f"{found.settings}; certainty: {said}; {found.nothing.shape[0]} photos on {model}"
+    return f"{found.settings}; certainty: {said}; {found.photos} photos on {model}"

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
-from demo import export, models, world
+from demo import checking, export, models
 from demo.shipped import CHECKPOINT, ENCODER, VISION, WEIGHTS
 from nested_core.check.__main__ import main
 from nested_core.check.chart import chart
@@ -30,6 +29,7 @@ from nested_core.errors import NestedAttentionError
 from nested_core.remembered import path_beside, remember
 
 SD15 = EncoderConfig(family="sd15", token_dim=768, base_model="SD 1.5")
+PHOTOS = checking.portraits(8)
 TRUE = Settings("penultimate", "match", 2.0, "eos")
 
 
@@ -169,6 +169,23 @@ def test_an_encoder_that_does_nothing() -> None:
     assert "DOES NOTHING" in report(found, SD15, "x", None) and "does nothing" in headline(found)
 
 
+def test_an_encoder_that_does_not_see_the_photo() -> None:
+    class Blind(Invented):
+        def losses(self, settings: Settings | None, shown: Sequence[int], level: float) -> Iterator[float]:
+            return super().losses(settings, range(self.photos), level)
+
+    found = search(Blind())
+    assert works(found) and not is_about_the_subject(found) and settled(found) == {}
+    assert "IS NOT THE PHOTO" in report(found, SD15, "x", None) and "does not see" in headline(found)
+
+
+def test_too_few_photos_are_called_that() -> None:
+    found = search(Invented(photos=3, noise=0.05, gain=0.06, costs=(0.1, 0.1, 0.1, 0.1), seed=3))
+    assert not works(found) and settled(found) == {}
+    said = report(found, SD15, "x", None)
+    assert "NOT SURE YET" in said and "more photos would settle it" in said and "not sure yet" in headline(found)
+
+
 def test_few_photos_and_broken_numbers_are_refused() -> None:
     with pytest.raises(NestedAttentionError, match=r"2 photo\(s\) can't settle anything: give at least 3"):
         search(Invented(photos=2))
@@ -256,17 +273,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
-    for i, picture in enumerate(portraits(6)):
+    for i, picture in enumerate(PHOTOS):
         Image.fromarray((picture.numpy() * 255).round().astype(np.uint8)).save(folder / f"{i}.png")
     return folder
-
-
-def portraits(count: int, seed: int = 0) -> Tensor:
-    """Robots that no training saw, (count, 128, 128, 3)."""
-    rng = random.Random(f"check {seed}")
-    figures = [world.random_figure(rng, "robot", held_out=True) for _ in range(count)]
-    drawn = [world.render([f], rng.choice(world.SCENES), rng.choice(world.STYLES), rng, close=True) for f in figures]
-    return torch.stack([torch.from_numpy(np.array(picture.image)).float() / 255 for picture in drawn])
 
 
 def test_the_command_names_the_shipped_encoders_settings(
@@ -289,50 +298,13 @@ def test_the_command_names_the_shipped_encoders_settings(
     assert "<subject>" in capsys.readouterr().err
 
 
-def small_bench(
-    encoder: NestedEncoder, turned: bool = False, tower_seed: int | None = None, count: int = 6
-) -> DiffusersBench:
-    """Of the small world. turned: the U-Net in another basis. tower_seed: a vision tower of random weights."""
-    unet, text, codec = export.load_checkpoint(WEIGHTS / CHECKPOINT)
-    if turned:
-        turn(unet)
-    tower = export.load_vision(WEIGHTS / VISION)
-    if tower_seed is not None:
-        torch.manual_seed(tower_seed)
-        tower = type(tower)(tower.config)
-    base = models.base_model(unet, text, codec, tower)
-    return DiffusersBench(base, encoder, portraits(count), "a <subject>", "robot", 128)
-
-
-def turn(unet: torch.nn.Module) -> None:
-    """A U-Net that computes the same and has other insides: keys and queries, and values, in a basis of their own."""
-    torch.manual_seed(7)
-    for name, module in unet.named_modules():
-        if name.endswith("attn2"):
-            size = module.to_q.out_features // module.heads
-            keys, values = (
-                torch.block_diag(*(torch.linalg.qr(torch.randn(size, size))[0] for _ in range(module.heads)))
-                for _ in range(2)
-            )
-            for matrix, basis in ((module.to_q, keys), (module.to_k, keys), (module.to_v, values)):
-                matrix.weight.data = basis @ matrix.weight.data
-            module.to_out[0].weight.data = module.to_out[0].weight.data @ values.T
-
-
 def told(bench: DiffusersBench) -> tuple[Found, str]:
     found = search(bench)
     return found, report(found, bench.config, "x", bench.kinship())
 
 
-def shipped() -> NestedEncoder:
-    """The shipped encoder as one that does not say how it was trained."""
-    encoder = load_encoder(WEIGHTS / ENCODER, dtype=torch.float32)
-    encoder.config = replace(encoder.config, alpha=2.0)
-    return encoder
-
-
 def test_an_encoder_of_its_base_model_works() -> None:
-    found, said = told(small_bench(shipped()))
+    found, said = told(checking.bench(checking.silent()[0], PHOTOS))
     assert found.settings == Settings("penultimate", "match", 16.0, "eos")  # it learned 15.2
     assert said.splitlines()[2].startswith("This encoder works on this model.")
     picture = chart(found, "x", headline(found))
@@ -340,8 +312,8 @@ def test_an_encoder_of_its_base_model_works() -> None:
 
 
 def test_an_encoder_of_another_base_model_is_called_that() -> None:
-    plain, turned = (small_bench(shipped(), turned=t) for t in (False, True))
-    same = [list(bench.losses(None, range(6), 0.4)) for bench in (plain, turned)]
+    plain, turned = (checking.bench(checking.silent()[0], PHOTOS, turned=t) for t in (False, True))
+    same = [list(bench.losses(None, range(len(PHOTOS)), 0.4)) for bench in (plain, turned)]
     torch.testing.assert_close(torch.tensor(same[0]), torch.tensor(same[1]), rtol=1e-3, atol=1e-5)
     found, said = told(turned)
     assert not works(found) and settled(found) == {}
@@ -349,12 +321,11 @@ def test_an_encoder_of_another_base_model_is_called_that() -> None:
 
 
 def test_a_random_encoder_is_called_untrained() -> None:
-    torch.manual_seed(8)
-    found, said = told(small_bench(NestedEncoder(shipped().config).eval().requires_grad_(False)))
+    found, said = told(checking.bench(checking.random_encoder(), PHOTOS))
     assert not works(found) and "it was hardly trained" in said
 
 
 def test_a_wrong_vision_tower_is_called_that() -> None:
-    found, said = told(small_bench(shipped(), tower_seed=9))
+    found, said = told(checking.bench(checking.silent()[0], PHOTOS, tower_seed=9))
     assert settled(found) == {}
     assert "the wrong vision tower" in said and "another base model" not in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .template import CLIP, CONTROLNET, LORA, MODEL, POSITIVE, Link, Template
+from .template import CLIP, CONTROLNET, LORA, MODEL, POSITIVE, Template
 
 
 def first_portrait(t: Template) -> None:
@@ -516,13 +516,12 @@ def check_encoder(t: Template) -> None:
         t.column(270)
         t.group(f"1. Photos of six people, {first} to {first + 2}")
         for number in range(first, first + 3):
-            t.photo(f"photo{number}", f"Photo {number}", 250)
+            t.photo(f"photo{number}", f"Photo {number}")
     t.column(300)
     t.group("Together")
-    batch: Link = ("photo1", "IMAGE")
-    for number in numbers[1:]:
-        t.node(f"batch{number}", "ImageBatch", image1=batch, image2=(f"photo{number}", "IMAGE"))
-        batch = (f"batch{number}", "IMAGE")
+    photos: dict[str, Any] = {f"images__image{i}": (f"photo{number}", "IMAGE") for i, number in enumerate(numbers)}
+    t.node("batch", "BatchImagesNode", **photos)
+    batch = ("batch", "IMAGE")
     t.node(
         "faces_found", "MediaPipeFaceLandmarker", widgets={"detector_variant": "both", "num_faces": 0},
         face_detection_model=("detector", "FACE_DETECTION_MODEL"), image=batch,
