@@ -105,14 +105,14 @@ def report(found: Found, config: EncoderConfig, name: str, kin: Kinship | None, 
 def _effect(found: Found, kin: Kinship | None) -> list[str]:
     gain, own = found.gain(), found.own()
     said = f"With the subject the denoising error is {_change(gain)} (best of {len(found.candidates)} combinations)."
-    beside = f"Than seeing another one of the photos: {_change(own)}."
+    beside = f"When it sees the photo itself the error is {_change(own)} than when it sees another one."
     if works(found) and is_about_the_subject(found):
         return [f"This encoder works on this model. {said} {beside}"]
     if _does_nothing(found):
         return [f"THIS ENCODER DOES NOTHING FOR THESE PHOTOS ON THIS MODEL. {said}", _cause(kin)]
     if _helps(own) is False:
         return [
-            f"WHAT THIS ENCODER SEES IS NOT THE PHOTO. {said} But another one of the photos does as well. {beside}",
+            f"WHAT THIS ENCODER SEES IS NOT THE PHOTO. {said} But another photo does as well. {beside}",
             "Most likely it is the wrong vision tower, or the photos show the same subject. "
             "Load the CLIP vision model that the encoder was trained with, and give photos of different subjects.",
         ]
