@@ -150,7 +150,11 @@ def _page(rows: list[str], told: list[tuple[float, bool]], draws: int, count: in
         f"right. Of the {len(less)} others {_share([ok for _, ok in less])} are, with {less_sure:.0%} said on average.",
         "",
         f"One search with {DRAWN} photos takes {passes[0]} forward passes for SDXL, {passes[1]} for SD 1.5. All",
-        f"combinations at all levels would be {whole} for SDXL.",
+        f"combinations at all levels would be {whole} for SDXL.", "",
+        "## Outside of ComfyUI", "",
+        "The same on diffusers, for any base model that `python -m nested_core.training` takes:", "",
+        "    python -m nested_core.check encoder.safetensors --base stabilityai/stable-diffusion-xl-base-1.0 \\",
+        "        --vision CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors --photos folder --remember",
     ]  # fmt: skip
 
 
