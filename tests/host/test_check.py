@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +11,10 @@ from typing import Any
 import comfy.cli_args
 import comfy.model_management
 import folder_paths
-import numpy as np
 import pytest
 import torch
 
-from demo import export, models
-from demo import world as drawn
+from demo import checking, export, models
 from demo.shipped import CHECKPOINT, ENCODER, VISION, WEIGHTS
 from kit.small_world import provide_models
 from kit.studio import host_nodes
@@ -33,13 +30,10 @@ DEMO = Path(models.__file__).parent
 
 @pytest.fixture(scope="module")
 def small(pack: Any) -> Iterator[SimpleNamespace]:
-    """The shipped models as the host's loaders and ours give them, and six photos."""
+    """The shipped models as the host's loaders and ours give them, and eight photos."""
     assert asyncio.run(host_nodes.load_custom_node(str(DEMO / "comfyui")))
     provide_models(Path(folder_paths.models_dir))
-    rng = random.Random("check 0")
-    figures = [drawn.random_figure(rng, "robot", held_out=True) for _ in range(6)]
-    shown = [drawn.render([f], rng.choice(drawn.SCENES), rng.choice(drawn.STYLES), rng, close=True) for f in figures]
-    photos = torch.stack([torch.from_numpy(np.array(picture.image)).float() / 255 for picture in shown])
+    photos = checking.portraits(8)
     with pytest.MonkeyPatch.context() as patch:
         for option in ("fp32_unet", "fp32_vae", "fp32_text_enc"):
             patch.setattr(comfy.cli_args.args, option, True)
@@ -70,7 +64,7 @@ def test_losses_are_those_of_diffusers(pack: Any, small: SimpleNamespace) -> Non
             Settings("last", "unit", 8.0, "eos"),
             Settings("penultimate", "match_per_head", 4.0, "eos"),
         ):
-            for level, shown in ((0.25, range(6)), (0.6, [1, 2, 3, 4, 5, 0])):
+            for level, shown in ((0.25, range(8)), (0.6, [*range(1, 8), 0])):
                 got, expected = (list(bench.losses(settings, shown, level)) for bench in (ours, theirs))
                 assert got == pytest.approx(expected, rel=0.01), (settings, level)
         kin = ours.kinship()
@@ -83,9 +77,9 @@ def test_the_node_names_the_settings_and_leaves_nothing_behind(pack: Any, small:
     encoder, report, chart = node.execute(**inputs(small)).result
     assert (encoder.config.value_norm, encoder.config.alpha) == ("match", pytest.approx(15.6, abs=0.5))
     assert encoder.patcher is small.encoder.patcher and small.encoder.config.alpha == pytest.approx(15.23, abs=0.01)
-    assert report.startswith(f"Check Encoder: {ENCODER}, 6 photos, {passes_of(small.encoder.config, 6)} forward passes")
+    assert report.startswith(f"Check Encoder: {ENCODER}, 8 photos, {passes_of(small.encoder.config, 8)} forward passes")
     assert "This encoder works on this model." in report
-    assert report.endswith("Nothing was remembered: the file says its settings itself.")
+    assert "Nothing was remembered: the file says its settings itself." in report
     assert chart.shape[0] == 1 and chart.shape[2:] == (1200, 3)
     assert before == (dict(small.model.attachments), dict(small.model.model_options["transformer_options"]))
 
