@@ -10,12 +10,15 @@ from typing import Any
 
 import comfy.cli_args
 import comfy.model_management
+import comfy.sd
+import comfy.utils
 import folder_paths
 import pytest
 import torch
 
 from demo import checking, export, models
 from demo.shipped import CHECKPOINT, ENCODER, VISION, WEIGHTS
+from kit import random_models
 from kit.small_world import provide_models
 from kit.studio import host_nodes
 from nested_core.check.diffusers import DiffusersBench
@@ -96,6 +99,28 @@ def test_an_interrupted_check_ends_at_once(pack: Any, small: SimpleNamespace, mo
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         pack.nodes["NestedCheckEncoder"].execute(**inputs(small))
     assert len(asked) == 5
+
+
+def test_sdxls_pooled_vector_is_tried_at_both_places(pack: Any, sdxl: Any) -> None:
+    """With random weights and ComfyUI's own VAE class: what is measured are different things, each the same twice."""
+    state = {k: v for k, v in random_models.checkpoint_state_dict().items() if k.startswith("first_stage_model.")}
+    vae = comfy.sd.VAE(sd=comfy.utils.state_dict_prefix_replace(state, {"first_stage_model.": ""}))
+    encoder = sdxl.encoder
+    photos = sdxl.photo.repeat(3, 1, 1, 1) * torch.tensor([1.0, 0.7, 0.4])[:, None, None, None]
+    with torch.inference_mode():
+        bench = pack.check.HostBench(
+            sdxl.model, sdxl.clip, vae, encoder, sdxl.clip_vision, photos, "a photo of <subject>", "woman", 128
+        )
+        losses = {
+            (pooled, shown): list(bench.losses(Settings("last", "unit", 2.0, pooled), shown, 0.4))
+            for pooled in ("eos", "placeholder")
+            for shown in ((0, 1, 2), (1, 2, 0), (0, 1, 2))
+        }
+        plain = list(bench.losses(None, (0, 1, 2), 0.4))
+        assert losses["eos", (0, 1, 2)] == list(bench.losses(Settings("last", "unit", 2.0, "eos"), (0, 1, 2), 0.4))
+        assert len({tuple(row) for row in (*losses.values(), plain)}) == 5
+        kin = bench.kinship()
+    assert abs(kin.likeness) < 0.05 and kin.shaped == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize(
