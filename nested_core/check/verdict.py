@@ -127,16 +127,17 @@ def _cause(kin: Kinship | None) -> str:
         return f"Likely causes: it was made for another base model; {_OTHER_CAUSES}"
     if kin.shaped < 1.5:
         return (
-            "Its keys are as even as random numbers are: it was hardly trained, or the file is damaged. Get it again."
+            "Its keys are as even as random numbers are: most likely it was hardly trained, or the file is damaged. Get "
+            "it again."
         )
     if kin.likeness < KIN:
         return (
             f"Its keys do not lie where this model's own keys lie (likeness {kin.likeness:.2f}; {KIN:g} and more where "
-            "they were made for each other): it was made for another base model. Load the checkpoint that it was "
-            "trained on, or one made from that."
+            "they were made for each other): most likely it was made for another base model. Load the checkpoint that "
+            "it was trained on, or one made from that."
         )
     return (
-        f"Its keys are of this model's kind (likeness {kin.likeness:.2f}), so the base model is right. Likely causes: "
+        f"Its keys are of this model's kind (likeness {kin.likeness:.2f}), so the base model seems right. Likely causes: "
         f"{_OTHER_CAUSES}"
     )
 
