@@ -127,8 +127,8 @@ def _cause(kin: Kinship | None) -> str:
         return f"Likely causes: it was made for another base model; {_OTHER_CAUSES}"
     if kin.shaped < 1.5:
         return (
-            "Its keys are as even as random numbers are: most likely it was hardly trained, or the file is damaged. Get "
-            "it again."
+            "Its keys are as even as random numbers are: most likely it was hardly trained, or the file is damaged. "
+            "Get it again."
         )
     if kin.likeness < KIN:
         return (
@@ -137,8 +137,8 @@ def _cause(kin: Kinship | None) -> str:
             "it was trained on, or one made from that."
         )
     return (
-        f"Its keys are of this model's kind (likeness {kin.likeness:.2f}), so the base model seems right. Likely causes: "
-        f"{_OTHER_CAUSES}"
+        f"Its keys are of this model's kind (likeness {kin.likeness:.2f}), so the base model seems right. Likely "
+        f"causes: {_OTHER_CAUSES}"
     )
 
 
