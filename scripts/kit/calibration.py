@@ -114,7 +114,8 @@ def _trained(path: Path) -> str:
 
 
 def _row(title: str, measured: Measured, found: Sequence[Found]) -> tuple[str, list[tuple[float, bool]]]:
-    """A line of the table that ends its first cell in `title`, and (certainty, whether it was right) of each setting of each search."""
+    """A line of the table, with a title at the end of its first cell; (certainty, whether it was right) of each setting of
+    each search."""
     truth = measured.truth()
     told, cells = [], []
     for name in ("image_features", "value_norm", "alpha"):
@@ -147,8 +148,8 @@ def _page(rows: list[str], told: list[tuple[float, bool]], draws: int, count: in
         "![The chart of the shipped encoder](images/check_encoder.png)", "",
         f"What the report says of it, for {DRAWN} photos:", "", "```", *text.split("\n"), "```", "",
         "## Does it name the right settings, and is it as sure as it says?", "",
-        f"{draws} searches per encoder, each with {DRAWN} photos drawn from {count}. The others than the shipped one are",
-        "those that `python demo/train.py --shipped --stage NAME` left, with names such as",
+        f"{draws} searches per encoder, each with {DRAWN} photos drawn from {count}. All but the shipped encoder",
+        "are those that `python demo/train.py --shipped --stage NAME` left, with names such as",
         "`nested_match_norm_alpha16_last_400_steps`. *right*: the share of searches that name the setting it was",
         f"trained with (of α the nearest of {alphas}). *sure*: the share that calls the setting settled, at 95 % or",
         "more. *works*: the share that says the encoder does something; the others say that they are not sure yet.", "",
