@@ -114,8 +114,7 @@ def _trained(path: Path) -> str:
 
 
 def _row(title: str, measured: Measured, found: Sequence[Found]) -> tuple[str, list[tuple[float, bool]]]:
-    """A line of the table, with a title at the end of its first cell; (certainty, whether right) of each setting of each
-    search."""
+    """A line of the table that begins with a title; (certainty, whether right) of each setting of each search."""
     truth = measured.truth()
     told, cells = [], []
     for name in ("image_features", "value_norm", "alpha"):
