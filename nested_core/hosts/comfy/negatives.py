@@ -65,6 +65,6 @@ def _tell_of_shared_words(placeholders: Sequence[Placeholder]) -> None:
     for word, names in by_word.items():
         if len(names) > 1:
             log.info(
-                "The word %s of the negative prompt is the class word of %s: what acts on it is the unconditional subject "
-                "of %s, with that one's strength and mask.", word, " and ".join(names), names[0],
+                "The word %s of the negative prompt is the class word of %s: the unconditional subject of %s acts on "
+                "it, with the strength and mask of that one.", word, " and ".join(names), names[0],
             )  # fmt: skip
