@@ -91,9 +91,11 @@ class NestedEncoderLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, encoder_name: str | None, **kwargs: object) -> str:
-        # The second is what Check Encoder remembers beside the file.
-        beside = None if encoder_name is None else f"{encoder_name}{SUFFIX}"
-        return f"{content_marker(ENCODERS, encoder_name)} {content_marker(ENCODERS, beside)}"
+        marker = content_marker(ENCODERS, encoder_name)
+        remembered = f"{encoder_name}{SUFFIX}"  # by Check Encoder, beside the file
+        if encoder_name is None or folder_paths.get_full_path(ENCODERS, remembered) is None:
+            return marker
+        return f"{marker} {content_marker(ENCODERS, remembered)}"
 
     @classmethod
     def execute(

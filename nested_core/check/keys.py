@@ -11,8 +11,9 @@ from torch import Tensor
 from ..encoder import NestedEncoder
 
 KIN = 0.1
-"""Likeness above which an encoder's keys are said to be made for a U-Net. In the small world encoders of the same U-Net
-have 0.5 and more, of another one and of random weights 0.03 and less."""
+"""Likeness above which an encoder's keys are said to be made for a U-Net. In the small world, where encoders begin with
+the U-Net's own keys, those of the same U-Net have 0.9 after 400 steps of training and 0.66 after 1,500; those of
+another one and of random weights have 0.01 and less. What very long trainings leave of it is not known."""
 
 
 @dataclass(frozen=True)

@@ -105,14 +105,14 @@ def report(found: Found, config: EncoderConfig, name: str, kin: Kinship | None, 
 def _effect(found: Found, kin: Kinship | None) -> list[str]:
     gain, own = found.gain(), found.own()
     said = f"With the subject the denoising error is {_change(gain)} (best of {len(found.candidates)} combinations)."
-    beside = f"Than seeing another one of the photos: {_change(own)}."
+    beside = f"When it sees the photo itself the error is {_change(own)} than when it sees another one."
     if works(found) and is_about_the_subject(found):
         return [f"This encoder works on this model. {said} {beside}"]
     if _does_nothing(found):
         return [f"THIS ENCODER DOES NOTHING FOR THESE PHOTOS ON THIS MODEL. {said}", _cause(kin)]
     if _helps(own) is False:
         return [
-            f"WHAT THIS ENCODER SEES IS NOT THE PHOTO. {said} But another one of the photos does as well. {beside}",
+            f"WHAT THIS ENCODER SEES IS NOT THE PHOTO. {said} But another photo does as well. {beside}",
             "Most likely it is the wrong vision tower, or the photos show the same subject. "
             "Load the CLIP vision model that the encoder was trained with, and give photos of different subjects.",
         ]
@@ -127,17 +127,18 @@ def _cause(kin: Kinship | None) -> str:
         return f"Likely causes: it was made for another base model; {_OTHER_CAUSES}"
     if kin.shaped < 1.5:
         return (
-            "Its keys are as even as random numbers are: it was hardly trained, or the file is damaged. Get it again."
+            "Its keys are as even as random numbers are: most likely it was hardly trained, or the file is damaged. "
+            "Get it again."
         )
     if kin.likeness < KIN:
         return (
             f"Its keys do not lie where this model's own keys lie (likeness {kin.likeness:.2f}; {KIN:g} and more where "
-            "they were made for each other): it was made for another base model. Load the checkpoint that it was "
-            "trained on, or one made from that."
+            "they were made for each other): most likely it was made for another base model. Load the checkpoint that "
+            "it was trained on, or one made from that."
         )
     return (
-        f"Its keys are of this model's kind (likeness {kin.likeness:.2f}), so the base model is right. Likely causes: "
-        f"{_OTHER_CAUSES}"
+        f"Its keys are of this model's kind (likeness {kin.likeness:.2f}), so the base model seems right. Likely "
+        f"causes: {_OTHER_CAUSES}"
     )
 
 

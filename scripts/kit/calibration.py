@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,9 +93,9 @@ def calibrate(run: Path, count: int, draws: int) -> None:
     every = [measure(path, photos, run / "check" / f"{path.parent.name}.pt") for path in files]
     rng = random.Random(0)
     rows, sure = [], []
-    for measured in every:
+    for path, measured in zip(files, every, strict=True):
         found = [search(Drawn(measured, rng.sample(range(count), DRAWN))) for _ in range(draws)]
-        row, here = _row(measured, found)
+        row, here = _row(_trained(path), measured, found)
         rows.append(row)
         sure += here
         say(row)
@@ -107,8 +108,13 @@ def calibrate(run: Path, count: int, draws: int) -> None:
     say(f"written: {_PAGE}")
 
 
-def _row(measured: Measured, found: Sequence[Found]) -> tuple[str, list[tuple[float, bool]]]:
-    """A line of the table, and (certainty, whether it was right) of each setting of each search."""
+def _trained(path: Path) -> str:
+    steps = re.search(r"_(\d+)_steps", path.parent.name)
+    return f"{steps[1]} steps" if steps else "shipped" if path.parent == WEIGHTS else "1500 steps"
+
+
+def _row(title: str, measured: Measured, found: Sequence[Found]) -> tuple[str, list[tuple[float, bool]]]:
+    """A line of the table that begins with a title; (certainty, whether right) of each setting of each search."""
     truth = measured.truth()
     told, cells = [], []
     for name in ("image_features", "value_norm", "alpha"):
@@ -120,7 +126,7 @@ def _row(measured: Measured, found: Sequence[Found]) -> tuple[str, list[tuple[fl
     worked = sum(map(works, found)) / len(found)
     said = measured.said
     alpha = "" if truth["alpha"] is None else f", α {said.alpha:.3g}"
-    return f"| {said.image_features}, {said.value_norm}{alpha} | {worked:.0%} | {' | '.join(cells)} |", told
+    return f"| {said.image_features}, {said.value_norm}{alpha}; {title} | {worked:.0%} | {' | '.join(cells)} |", told
 
 
 def _share(right: Sequence[bool]) -> str:
@@ -141,16 +147,24 @@ def _page(rows: list[str], told: list[tuple[float, bool]], draws: int, count: in
         "![The chart of the shipped encoder](images/check_encoder.png)", "",
         f"What the report says of it, for {DRAWN} photos:", "", "```", *text.split("\n"), "```", "",
         "## Does it name the right settings, and is it as sure as it says?", "",
-        f"{draws} searches per encoder, each with {DRAWN} photos drawn from {count}. *right*: the share of searches",
-        f"that name the setting it was trained with (of α the nearest of {alphas}). *sure*: the share that calls the",
-        "setting settled, at 95 % or more. *works*: the share that says the encoder does something.", "",
+        f"{draws} searches per encoder, each with {DRAWN} photos drawn from {count}. All but the shipped encoder",
+        "are those that `python demo/train.py --shipped --stage NAME` left, with names such as",
+        "`nested_match_norm_alpha16_last_400_steps`. *right*: the share of searches that name the setting it was",
+        f"trained with (of α the nearest of {alphas}). *sure*: the share that calls the setting settled, at 95 % or",
+        "more. *works*: the share that says the encoder does something; the others say that they are not sure yet.", "",
         "| trained with | works | features, right | sure | norm, right | sure | α, right | sure |",
         "|---|---|---|---|---|---|---|---|", *rows, "",
         f"Over all of them: {len(certain)} settings were called 95 % sure or more, and {_share(certain)} of these are",
         f"right. Of the {len(less)} others {_share([ok for _, ok in less])} are, with {less_sure:.0%} said on average.",
         "",
+        "What is named is what the file works best with. An encoder that was trained for 400 steps has not settled",
+        "into its norm, and may do better with another one: that of `match_per_head` does with `match`.", "",
         f"One search with {DRAWN} photos takes {passes[0]} forward passes for SDXL, {passes[1]} for SD 1.5. All",
-        f"combinations at all levels would be {whole} for SDXL.",
+        f"combinations at all levels would be {whole} for SDXL.", "",
+        "## Outside of ComfyUI", "",
+        "The same on diffusers, for any base model that `python -m nested_core.training` takes:", "",
+        "    python -m nested_core.check encoder.safetensors --base stabilityai/stable-diffusion-xl-base-1.0 \\",
+        "        --vision CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors --photos folder --remember",
     ]  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,14 +10,15 @@ from typing import Any
 
 import comfy.cli_args
 import comfy.model_management
+import comfy.sd
+import comfy.utils
 import folder_paths
-import numpy as np
 import pytest
 import torch
 
-from demo import export, models
-from demo import world as drawn
+from demo import checking, export, models
 from demo.shipped import CHECKPOINT, ENCODER, VISION, WEIGHTS
+from kit import random_models
 from kit.small_world import provide_models
 from kit.studio import host_nodes
 from nested_core.check.diffusers import DiffusersBench
@@ -33,13 +33,10 @@ DEMO = Path(models.__file__).parent
 
 @pytest.fixture(scope="module")
 def small(pack: Any) -> Iterator[SimpleNamespace]:
-    """The shipped models as the host's loaders and ours give them, and six photos."""
+    """The shipped models as the host's loaders and ours give them, and eight photos."""
     assert asyncio.run(host_nodes.load_custom_node(str(DEMO / "comfyui")))
     provide_models(Path(folder_paths.models_dir))
-    rng = random.Random("check 0")
-    figures = [drawn.random_figure(rng, "robot", held_out=True) for _ in range(6)]
-    shown = [drawn.render([f], rng.choice(drawn.SCENES), rng.choice(drawn.STYLES), rng, close=True) for f in figures]
-    photos = torch.stack([torch.from_numpy(np.array(picture.image)).float() / 255 for picture in shown])
+    photos = checking.portraits(8)
     with pytest.MonkeyPatch.context() as patch:
         for option in ("fp32_unet", "fp32_vae", "fp32_text_enc"):
             patch.setattr(comfy.cli_args.args, option, True)
@@ -70,7 +67,7 @@ def test_losses_are_those_of_diffusers(pack: Any, small: SimpleNamespace) -> Non
             Settings("last", "unit", 8.0, "eos"),
             Settings("penultimate", "match_per_head", 4.0, "eos"),
         ):
-            for level, shown in ((0.25, range(6)), (0.6, [1, 2, 3, 4, 5, 0])):
+            for level, shown in ((0.25, range(8)), (0.6, [*range(1, 8), 0])):
                 got, expected = (list(bench.losses(settings, shown, level)) for bench in (ours, theirs))
                 assert got == pytest.approx(expected, rel=0.01), (settings, level)
         kin = ours.kinship()
@@ -83,9 +80,9 @@ def test_the_node_names_the_settings_and_leaves_nothing_behind(pack: Any, small:
     encoder, report, chart = node.execute(**inputs(small)).result
     assert (encoder.config.value_norm, encoder.config.alpha) == ("match", pytest.approx(15.6, abs=0.5))
     assert encoder.patcher is small.encoder.patcher and small.encoder.config.alpha == pytest.approx(15.23, abs=0.01)
-    assert report.startswith(f"Check Encoder: {ENCODER}, 6 photos, {passes_of(small.encoder.config, 6)} forward passes")
+    assert report.startswith(f"Check Encoder: {ENCODER}, 8 photos, {passes_of(small.encoder.config, 8)} forward passes")
     assert "This encoder works on this model." in report
-    assert report.endswith("Nothing was remembered: the file says its settings itself.")
+    assert "Nothing was remembered: the file says its settings itself." in report
     assert chart.shape[0] == 1 and chart.shape[2:] == (1200, 3)
     assert before == (dict(small.model.attachments), dict(small.model.model_options["transformer_options"]))
 
@@ -102,6 +99,28 @@ def test_an_interrupted_check_ends_at_once(pack: Any, small: SimpleNamespace, mo
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         pack.nodes["NestedCheckEncoder"].execute(**inputs(small))
     assert len(asked) == 5
+
+
+def test_sdxls_pooled_vector_is_tried_at_both_places(pack: Any, sdxl: Any) -> None:
+    """With random weights and ComfyUI's own VAE class: what is measured are different things, each the same twice."""
+    state = {k: v for k, v in random_models.checkpoint_state_dict().items() if k.startswith("first_stage_model.")}
+    vae = comfy.sd.VAE(sd=comfy.utils.state_dict_prefix_replace(state, {"first_stage_model.": ""}))
+    encoder = sdxl.encoder
+    photos = sdxl.photo.repeat(3, 1, 1, 1) * torch.tensor([1.0, 0.7, 0.4])[:, None, None, None]
+    with torch.inference_mode():
+        bench = pack.check.HostBench(
+            sdxl.model, sdxl.clip, vae, encoder, sdxl.clip_vision, photos, "a photo of <subject>", "woman", 128
+        )
+        losses = {
+            (pooled, shown): list(bench.losses(Settings("last", "unit", 2.0, pooled), shown, 0.4))
+            for pooled in ("eos", "placeholder")
+            for shown in ((0, 1, 2), (1, 2, 0), (0, 1, 2))
+        }
+        plain = list(bench.losses(None, (0, 1, 2), 0.4))
+        assert losses["eos", (0, 1, 2)] == list(bench.losses(Settings("last", "unit", 2.0, "eos"), (0, 1, 2), 0.4))
+        assert len({tuple(row) for row in (*losses.values(), plain)}) == 5
+        kin = bench.kinship()
+    assert abs(kin.likeness) < 0.05 and kin.shaped == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_workflows_fit_the_nodes_and_have_a_preview(pack, path):
                 _, source, output, target, _, kind = links[entry["link"]]
                 assert target == node["id"] and entry["link"] in nodes[source]["outputs"][output]["links"]
         if node["type"].startswith("Nested"):
-            sockets = {"NESTED_ENCODER", "NESTED_SUBJECT", "NESTED_RECORDING", "NESTED_GRID", "MODEL", "CLIP",
+            sockets = {"NESTED_ENCODER", "NESTED_SUBJECT", "NESTED_RECORDING", "NESTED_GRID", "MODEL", "CLIP", "VAE",
                        "CLIP_VISION", "IMAGE", "MASK", "FACE_LANDMARKS", "CONDITIONING", "IMAGE,LATENT",
                        "COMFY_AUTOGROW_V3"}  # fmt: skip
             widgets = [name for name, (kind, *_) in known.items() if kind not in sockets]

@@ -423,6 +423,25 @@ def test_exports_what_load_nested_encoder_reads(sdxl, tmp_path):
     assert found.resampler.dim_head == 64 and len(state) == 158
 
 
+def test_what_newer_resamplers_have_is_trained(small, tmp_path):
+    settings = replace(SMALL, positions=20, mean_pooled=2, bias=True)
+    began = make_encoder(settings, InitConfig(), small, 0)
+    assert all(not layer.bias.any() for layer in (*began.to_k, *began.to_v))  # the U-Net's own have none
+    run = config(tmp_path, steps=2, encoder=settings, optimiser=OptimiserConfig(ema=0.0, warmup=0))
+    path = train(run, small, Pictures())
+    encoder = load_encoder(path)
+    assert (encoder.config.tokens, encoder.config.bias) == (4, True)
+    assert (encoder.config.resampler.positions, encoder.config.resampler.mean_pooled) == (20, 2)
+    ours, theirs = encoder.state_dict(), began.state_dict()
+    for name in ("pos_emb.weight", "latents", "to_latents_from_mean_pooled_seq.1.weight"):
+        assert not torch.equal(ours[f"resampler.{name}"], theirs[f"resampler.{name}"]), name
+    assert encoder.to_v[0].bias.any()
+    again = make_encoder(replace(settings, tokens=6), InitConfig(str(path)), small, 5)
+    assert torch.equal(again.resampler.latents[:, :2], encoder.resampler.latents)
+    with pytest.raises(NestedAttentionError, match=r"(?s)positions 20, mean_pooled 2.*with bias"):
+        make_encoder(SMALL, InitConfig(str(path)), small, 0)
+
+
 def test_the_baseline_trains_and_is_refused_by_the_nodes(small, tmp_path):
     run = config(tmp_path, encoder=replace(SMALL, method="decoupled", alpha=1.0), init=InitConfig(layers="zero"))
     path = train(run, small, Pictures())
