@@ -7,10 +7,10 @@ in training.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from .subject import is_plain_word
 from .words import GOES_ON, Kind, fold, letter, letters
@@ -19,23 +19,48 @@ _CODES = 0xE000  # from here on: characters that mean nothing in a pattern
 
 
 @dataclass(frozen=True)
+class ClassWord:
+    """A class word that is looked for where a prompt has it as itself.
+
+    text: folded (`words.fold`), so that all writings of a word are one.
+    """
+
+    text: str
+    pooled: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
+
+    @property
+    def key(self) -> ClassWord:
+        return self
+
+
+@dataclass(frozen=True)
 class Placeholder:
     """A word of the prompt that stands for a subject.
 
     text: as written in prompts. class_word: what the text encoder reads instead. pooled: take SDXL's pooled text
-    vector at this token instead of the end of the text (an encoder whose `pooled` is "placeholder"). negative: it acts
-    in texts that are steered away from, and in no others.
+    vector at this token instead of the end of the text (an encoder whose `pooled` is "placeholder").
+    seeks_class_word: where the class word stands as itself is to be known as well.
     """
 
     text: str
     class_word: str
     pooled: bool = False
-    negative: bool = False
+    seeks_class_word: bool = False
 
     @property
     def key(self) -> str:
         """How the placeholder is compared (`words.fold`): two with the same key are the same placeholder."""
         return fold(self.text)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is found as a whole word only."""
+        return is_plain_word(self.text)
+
+    @property
+    def sought(self) -> ClassWord | None:
+        return ClassWord(fold(self.class_word)) if self.seeks_class_word else None
 
     def reads_as(self, written: str) -> str:
         """What the text encoder gets for `written`, an occurrence of this placeholder in a prompt."""
@@ -43,7 +68,7 @@ class Placeholder:
 
 
 class Span(NamedTuple):
-    """Characters from `start` to before `stop` of a read text, which stand for a placeholder."""
+    """Characters from `start` to before `stop` of a read text, which stand for a placeholder, or are a class word."""
 
     start: int
     stop: int
@@ -57,19 +82,18 @@ class Reading(NamedTuple):
     spans: tuple[Span, ...]
 
 
-class PromptReader:
-    """Reads prompts with these placeholders; where several would fit, the longest does.
+_W = TypeVar("_W", bound=Placeholder | ClassWord)
 
-    The rules of `words` say what counts as the same word and where a plain word ends. A match never begins or ends
-    inside a letter: "man" is not in "mañana", however its ñ is composed. Takes time in proportion to the text.
-    """
 
-    def __init__(self, placeholders: Iterable[Placeholder]) -> None:
-        written = ((p, [letter(part) for part in letters(p.text)]) for p in placeholders)
+class _Finder(Generic[_W]):
+    """Finds words in texts; where several would fit, the longest does. Takes time in proportion to the text."""
+
+    def __init__(self, words: Iterable[_W]) -> None:
+        written = ((word, [letter(part) for part in letters(word.text)]) for word in words)
         ordered = sorted(written, key=lambda item: len(item[1]), reverse=True)
-        self.placeholders = [p for p, _ in ordered]
+        self.words = [word for word, _ in ordered]
         # A text is searched with one character for each of its letters, so that no match can begin or end inside one.
-        # Letters that no placeholder holds are told apart by their kind only.
+        # Letters that no word holds are told apart by their kind only.
         self._others = {kind: chr(_CODES + i) for i, kind in enumerate(Kind)}
         known = dict.fromkeys(part for _, parts in ordered for part in parts)
         self._codes = {folded: chr(_CODES + len(Kind) + i) for i, (folded, _) in enumerate(known)}
@@ -80,30 +104,59 @@ class PromptReader:
         def any_of(kinds: Iterable[Kind]) -> str:
             return "".join(of_kind[kind] for kind in kinds)
 
-        alternatives = []  # a group for each; plain words only as whole words
-        for p, parts in ordered:
+        alternatives = []  # a group for each
+        for word, parts in ordered:
             pattern = "".join(self._codes[folded] for folded, _ in parts)
-            if is_plain_word(p.text):
+            if word.whole:
                 before, after = (any_of(GOES_ON[kind]) for _, kind in (parts[0], parts[-1]))
                 pattern = (f"(?<![{before}])" if before else "") + pattern + (f"(?![{after}])" if after else "")
             alternatives.append(f"({pattern})")
         self._pattern = re.compile("|".join(alternatives) or "(?!)")
 
+    def any_in(self, text: str) -> bool:
+        return bool(self.words) and self._pattern.search(self._encoded(letters(text))) is not None
+
+    def find(self, text: str) -> Iterator[tuple[int, int, _W]]:
+        """(start, stop, word) for each, in order."""
+        if not self.words:
+            return
+        parts = letters(text)
+        starts = [0, *accumulate(map(len, parts))]
+        for match in self._pattern.finditer(self._encoded(parts)):
+            assert match.lastindex is not None  # every alternative is a group
+            yield starts[match.start()], starts[match.end()], self.words[match.lastindex - 1]
+
+    def _encoded(self, parts: Iterable[str]) -> str:
+        codes, others = self._codes, self._others
+        return "".join([codes.get(folded) or others[kind] for folded, kind in map(letter, parts)])
+
+
+class PromptReader:
+    """Reads prompts with these placeholders; where several would fit, the longest does.
+
+    The rules of `words` say what counts as the same word and where a plain word ends. A match never begins or ends
+    inside a letter: "man" is not in "mañana", however its ñ is composed. Takes time in proportion to the text.
+    """
+
+    def __init__(self, placeholders: Iterable[Placeholder]) -> None:
+        self._placeholders = _Finder(placeholders)
+        self.placeholders = self._placeholders.words
+        self._class_words = _Finder(dict.fromkeys(p.sought for p in self.placeholders if p.sought is not None))
+
     def mentions_any(self, text: str) -> bool:
         """Whether any placeholder stands in the text."""
-        return self._pattern.search(self._encoded(letters(text))) is not None
+        return self._placeholders.any_in(text)
+
+    def concerns(self, text: str) -> bool:
+        """Whether any placeholder stands in the text, or a class word that is sought."""
+        return self.mentions_any(text) or self._class_words.any_in(text)
 
     def read(self, text: str) -> Reading:
         """The text with every placeholder read as its class word."""
-        parts = letters(text)
-        starts = [0, *accumulate(map(len, parts))]
         read, end = [], 0
         length = 0
         spans: list[Span] = []
-        for match in self._pattern.finditer(self._encoded(parts)):
-            assert match.lastindex is not None  # every alternative is a group
-            placeholder = self.placeholders[match.lastindex - 1]
-            start, stop = starts[match.start()], starts[match.end()]
+        for start, stop, placeholder in self._placeholders.find(text):
             # Two placeholders side by side stay two words.
             between = text[end:start] or (" " if spans else "")
             word = placeholder.reads_as(text[start:stop])
@@ -114,9 +167,11 @@ class PromptReader:
             end = stop
         return Reading("".join(read) + text[end:], tuple(spans))
 
-    def _encoded(self, parts: Iterable[str]) -> str:
-        codes, others = self._codes, self._others
-        return "".join([codes.get(folded) or others[kind] for folded, kind in map(letter, parts)])
+    def class_words(self, reading: Reading) -> Reading:
+        """A read text with the sought class words in it, apart from those that stand for placeholders."""
+        taken = {at for span in reading.spans for at in range(span.start, span.stop)}
+        found = [Span(start, stop, word.text) for start, stop, word in self._class_words.find(reading.text)]
+        return Reading(reading.text, tuple(s for s in found if taken.isdisjoint(range(s.start, s.stop))))
 
 
 def locate(reading: Reading, ids: Sequence[int], tokenize: Callable[[str], Sequence[int]]) -> dict[int, str]:

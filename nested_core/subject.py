@@ -304,6 +304,16 @@ def _merged_provenance(sources: Sequence[Mapping[str, str]], factors: Sequence[f
     return merged
 
 
+def check_same_encoder(subject: Subject, unconditional: Subject) -> None:
+    """Raises NestedAttentionError where what a subject is in negative prompts was made by another encoder."""
+    if (subject.encoder, subject.tokens.shape[2]) != (unconditional.encoder, unconditional.tokens.shape[2]):
+        raise NestedAttentionError(
+            f"{subject.placeholder} was made with the encoder {_encoder_name(subject.encoder_title, subject.encoder)}, "
+            f"its unconditional subject with {_encoder_name(unconditional.encoder_title, unconditional.encoder)}. "
+            "Encode both with the same encoder."
+        )
+
+
 def _encoder_name(title: str, fingerprint: str) -> str:
     return f"{title!r} [{fingerprint[:16]}]"
 

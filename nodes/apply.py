@@ -48,7 +48,6 @@ def _applied(
     subject: HostSubject,
     mask: torch.Tensor | None,
     layer_weights: str = "",
-    unconditional: HostSubject | None = None,
     **knobs: Any,
 ) -> io.NodeOutput:
     """MODEL and CLIP with the subject; `knobs` are fields of `Application`."""
@@ -60,12 +59,17 @@ def _applied(
     config, word = subject.encoder.config, subject.subject
     application = Application(
         source=subject,
-        placeholder=Placeholder(word.placeholder, word.class_word, config.pooled == "placeholder"),
+        placeholder=Placeholder(
+            word.placeholder,
+            word.class_word,
+            pooled=config.pooled == "placeholder",
+            seeks_class_word=knobs.get("unconditional") is not None,
+        ),
         mask=_checked_mask(mask),
         layer_weights=parse_layer_weights(layer_weights, unet_layers_of(model)[1]),
         **{"alpha": config.alpha, "value_norm": config.value_norm, **knobs},
     )
-    return io.NodeOutput(*apply_subject(model, clip, application, unconditional))
+    return io.NodeOutput(*apply_subject(model, clip, application))
 
 
 def _common_inputs() -> list[Any]:
@@ -239,7 +243,6 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
             subject,
             mask,
             layer_weights,
-            unconditional,
             strength=strength,
             start=start_percent,
             end=end_percent,
@@ -248,4 +251,5 @@ class NestedApplySubjectAdvanced(io.ComfyNode):
             value_norm=config.value_norm if value_norm == _ENCODERS_OWN else value_norm,
             skip_unmentioned=when_unmentioned == "skip",
             separation=separation,
+            unconditional=unconditional,
         )

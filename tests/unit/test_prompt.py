@@ -379,3 +379,37 @@ def test_tokens_in_running_text(placeholder: str, text: str, expected: list[int]
 def test_a_class_word_without_letters_is_located_too() -> None:
     reading = PromptReader([Placeholder("<p>", "")]).read("a<p>")
     assert locate(reading, tokens("a"), tokens) == {}  # never an error
+
+
+# --- class words as themselves ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("class_word", "text", "expected"),
+    [
+        ("dog", "a Dog, dogs, <p>, hot-dog", ["Dog", "dog"]),  # <p> reads dog as well: that is the placeholder's
+        ("dog", "<p>dog dog<p>", []),  # no text that the encoder reads changes, so this is one word: dogdog
+        ("golden retriever", "a golden retriever, a retriever", ["golden retriever"]),
+        ("T-shirt", "t-shirt, T-shirts, (T-shirt)", ["t-shirt", "T-shirt"]),
+        ("犬", "子犬と犬", ["犬", "犬"]),
+        ("josé", f"{nfd('José')} and Jose", [nfd("José")]),
+    ],
+)
+def test_class_words_that_stand_as_themselves(class_word: str, text: str, expected: list[str]) -> None:
+    seeking, other = (PromptReader([Placeholder("<p>", class_word, seeks_class_word=seek)]) for seek in (True, False))
+    reading = seeking.read(text)
+    assert reading == other.read(text)
+    words = seeking.class_words(reading)
+    assert words.text == reading.text
+    assert [words.text[span.start : span.stop] for span in words.spans] == expected
+    assert {span.placeholder for span in words.spans} <= {fold(class_word)}
+    assert not other.class_words(reading).spans
+    assert seeking.concerns(text) and other.concerns(text) == other.mentions_any(text) == ("<p>" in text)
+
+
+def test_class_words_of_several_subjects() -> None:
+    """The longest of them; one that two share is one; and a placeholder has what is its own."""
+    subjects = [("<a>", "woman"), ("<b>", "WOMAN"), ("<c>", "young woman"), ("girl", "woman")]
+    reader = PromptReader(Placeholder(name, word, seeks_class_word=True) for name, word in subjects)
+    words = reader.class_words(reader.read("<a> girl, a young woman, woman"))
+    assert [span.placeholder for span in words.spans] == ["young woman", "woman"]

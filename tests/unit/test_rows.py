@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nested_core.hosts.comfy.rows import NEGATIVE, Entry, Group, Sampled, Window, clipped, groups_of
+from nested_core.prompt import ClassWord
 
 GRID = (8, 6)
 
@@ -84,3 +85,13 @@ def test_windows_of_frames():
     assert Sampled(3, GRID, Window(2, (4, 5, 0))).picture(1) == 1
     (group,) = groups_of([text(Entry(None), a=(1,))] * 3, window, GRID)
     assert (group.image, group.tile) == (0, False)
+
+
+def test_class_words_count_in_negative_texts_alone():
+    word, negative, positive = ClassWord("cat"), Entry(None), Entry(None)
+    marked = [{**text(negative, True, a=(3,)), word: (1,)}, *({**text(positive, a=(3,)), word: (n,)} for n in (1, 2))]
+    groups = groups_of(marked, Sampled(1, GRID), GRID)
+    assert [(g.rows, g.places) for g in groups] == [
+        (slice(0, 1), {"a": (3,), word: (1,)}),
+        (slice(1, 3), {"a": (3,)}),
+    ]

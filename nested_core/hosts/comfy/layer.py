@@ -13,6 +13,7 @@ from ...attention import Attend, NestedTerm, nested_delta, outer_probabilities, 
 from ...errors import NestedAttentionError
 from ...layers import CrossAttentionLayer
 from ...maps import LayerQueries, WordAttention
+from ...prompt import ClassWord
 from .apart import Regions, cannot_separate
 from .recording import Recorder
 from .rows import Group, Sampled, groups_of
@@ -47,17 +48,16 @@ class Step:
         Raises NestedAttentionError when two of them claim one place.
         """
         applications = self.store.applications
-        replaced: set[str] = set()  # by those that are there for the negative side
-        if group.negative:
-            replaced = {key for i in self.strengths for key in applications[i].negative_of}
         places: Places = {}
+        words: set[ClassWord] = set()  # that are somebody's; several subjects with one: the first has it
         for i in self.strengths:
             application = applications[i]
-            if application.negative_of:
-                keys = application.keys if group.negative else ()
-            else:
-                keys = () if application.placeholder.key in replaced else application.keys
-            if rows := tuple(sorted({row for key in keys for row in group.places.get(key, ())})):
+            rows = group.places.get(application.placeholder.key, ())
+            word = application.placeholder.sought
+            if application.unconditional is not None and word is not None and word not in words:
+                words.add(word)
+                rows = tuple(sorted({*rows, *group.places.get(word, ())}))
+            if rows:
                 places[i] = rows
         taken: dict[int, str] = {}
         for i, rows in places.items():
@@ -135,7 +135,7 @@ class SubjectLayer:
 
     def _term(self, i: int, rows: tuple[int, ...], part: _Part) -> NestedTerm:
         store, application = self.step.store, self.step.store.applications[i]
-        key, value = store.keys_values(i, self.layer, part.q)
+        key, value = store.keys_values(i, self.layer, part.q, part.group.negative)
         return NestedTerm(
             key=key,
             value=value,
@@ -146,7 +146,7 @@ class SubjectLayer:
             focus=application.focus,
             spatial=store.mask(i, part.group, self.step.sampled, part.q, part.grid),
             separation=application.separation,
-            log_weights=store.log_weights(i, part.q.device),
+            log_weights=store.log_weights(i, part.q.device, part.group.negative),
         )
 
     def _note(self, part: _Part, prob: Tensor) -> None:

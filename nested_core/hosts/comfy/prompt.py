@@ -4,7 +4,8 @@
 
 1. The tokenizers inside the CLIP are wrapped where they meet plain text, below the host's handling of weights,
    escapes, embeddings and long prompts. The tokens of a placeholder have ids that say whose they are. They pass through
-   every node that cuts, joins or reweights token lists.
+   every node that cuts, joins or reweights token lists. So do those of a class word where it stands as itself, if the
+   placeholder seeks it: it is bound in negative prompts alone.
 2. The text encoders get a forward hook: what they make of token lists with bound tokens in them is marked. It does
    nothing for other tokens, and only these tokenizers make such; so it may stay on an encoder that other CLIPs share. A
    hook sees the encoder called from anywhere: by the host, by packs that call the encoders one by one, through methods
@@ -12,9 +13,8 @@
 3. From there on the conditioning's own marks tell, until a layer of the U-Net reads it.
 
 The conditioning's dictionary has an entry as well (`CONDITIONING_KEY`): `{"length": rows, "places": {placeholder:
-[row, ...]}, "negative": [placeholder, ...], "reads": [[text, placeholder], ...]}`, where "negative" are those that act
-in negative prompts alone, and "reads" is what the text encoder reads, in pieces. It is there to be shown, and to find
-out what became of a text; nothing is bound by it.
+[row, ...]}, "reads": [[text, placeholder], ...]}`, where "reads" is what the text encoder reads, in pieces. It is there
+to be shown, and to find out what became of a text; nothing is bound by it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ...errors import NestedAttentionError
-from ...prompt import Placeholder, PromptReader, locate
+from ...prompt import ClassWord, Placeholder, PromptReader, Reading, locate
 from ...words import fold
 from .text import mark, rows_of
 
@@ -37,16 +37,16 @@ CONDITIONING_KEY = "nested_attention"
 #: Larger than any id of a text encoder. The id of a placeholder's token is its own plus a multiple of this: so it says
 #: whose it is after whatever lists, arrays and tensors it went through.
 _STRIDE = 1 << 20
-_placeholders: list[Placeholder] = []  # what the multiples mean
+_placeholders: list[Placeholder | ClassWord] = []  # what the multiples mean
 
 
 class PlaceholderToken(int):
-    """A token id as a text encoder has it, that knows the placeholder it came from."""
+    """A token id as a text encoder has it, that knows the placeholder, or the class word, it came from."""
 
-    placeholder: Placeholder
+    placeholder: Placeholder | ClassWord
 
 
-def _number_of(token: int, placeholder: Placeholder) -> int:
+def _number_of(token: int, placeholder: Placeholder | ClassWord) -> int:
     """The id of a placeholder's token outside of the text encoder."""
     if placeholder not in _placeholders:
         _placeholders.append(placeholder)
@@ -89,7 +89,7 @@ class _BindingTokenizer:
     def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
         several = isinstance(text, (list, tuple))
         given = text if several else [text]
-        if not all(isinstance(t, str) for t in given) or not any(map(self.reader.mentions_any, given)):
+        if not all(isinstance(t, str) for t in given) or not any(map(self.reader.concerns, given)):
             return self.inner(text, *args, **kwargs)
         readings = [self.reader.read(t) for t in given]
         read = [reading.text for reading in readings]
@@ -98,13 +98,20 @@ class _BindingTokenizer:
         nested = several or not hasattr(encoded, "keys")
         lead = self.lead if kwargs.get("add_special_tokens", True) else 0
         for reading, row in zip(readings, ids if nested else [ids], strict=True):
-            for i, placeholder in locate(reading, self._ids(reading.text), self._ids).items():
+            for i, placeholder in self._located(reading).items():
                 if lead + i < len(row):  # else it was cut off, as asked
-                    row[lead + i] = _number_of(int(row[lead + i]), self._placeholder(placeholder))
+                    row[lead + i] = _number_of(int(row[lead + i]), placeholder)
         return encoded
 
-    def _placeholder(self, text: str) -> Placeholder:
-        return next(p for p in self.reader.placeholders if p.text == text)
+    def _located(self, reading: Reading) -> dict[int, Placeholder | ClassWord]:
+        """Which of a read text's tokens are whose. A token of both is the placeholder's."""
+        ids = self._ids(reading.text)
+        words = locate(self.reader.class_words(reading), ids, self._ids)
+        by_text = {p.text: p for p in self.reader.placeholders}
+        return {
+            **{i: ClassWord(text) for i, text in words.items()},
+            **{i: by_text[text] for i, text in locate(reading, ids, self._ids).items()},
+        }
 
 
 class _Words(dict[int, str]):
@@ -148,6 +155,15 @@ def _holds_bound(tokens: Any) -> bool:
     return _is_bound(tokens)
 
 
+def _holds_placeholder(tokens: Any) -> bool:
+    """Whether one of them is a placeholder's, and not a class word that stands as itself."""
+    if torch.is_tensor(tokens):
+        return _holds_placeholder(tokens.tolist())
+    if isinstance(tokens, (list, tuple)):
+        return any(map(_holds_placeholder, tokens))
+    return _is_bound(tokens) and isinstance(_token_of(tokens).placeholder, Placeholder)
+
+
 # --- text encoders ----------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +195,7 @@ def _read_numbers(encoder: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None
     return [[_token_of(t) if _is_bound(t) else t for t in section] for section in sections], *others
 
 
-def _placeholder_rows(section: Sequence[Any], width: int) -> Iterator[tuple[int, Placeholder]]:
+def _placeholder_rows(section: Sequence[Any], width: int) -> Iterator[tuple[int, Placeholder | ClassWord]]:
     """Row of the text encoder's output and placeholder, for each bound token of one section of a prompt.
 
     width: of the encoder's embeddings. A textual inversion takes as many rows as it has vectors; one of another width
@@ -207,7 +223,7 @@ def _mark_words(encoder: Any, args: tuple[Any, ...], output: Any) -> Any:
     if torch.is_tensor(tokens) or not any(isinstance(t, PlaceholderToken) for section in tokens for t in section):
         return None
     text, *others = output
-    marks: dict[str, Tensor] = {}
+    marks: dict[str | ClassWord, Tensor] = {}
     for number, section in enumerate(tokens):
         for row, placeholder in _placeholder_rows(section, _width(encoder)):
             if row >= text.shape[-2]:
@@ -265,7 +281,7 @@ class _SubjectCLIP:
         given = [t for t in (text if isinstance(text, (list, tuple)) else [text]) if isinstance(t, str)]
         if isinstance(tokens, dict) and any(map(PromptReader(self.nested_attention).mentions_any, given)):
             for name, sections in tokens.items():
-                if not _holds_bound(sections):
+                if not _holds_placeholder(sections):
                     raise self._unbound(name)
         return tokens
 
@@ -304,7 +320,6 @@ class _SubjectCLIP:
         return {
             "length": cond.shape[1],
             "places": {p.text: list(rows[p.key]) for p in self.nested_attention if p.key in rows},
-            "negative": [p.text for p in self.nested_attention if p.negative],
             "reads": self._reads(tokens),
         }
 
@@ -323,7 +338,8 @@ class _SubjectCLIP:
             for token, *_ in (entry for section in sections for entry in section):
                 if not isinstance(token, int) or token in ends:
                     continue  # an embedding, or what begins, ends and fills up a section
-                owner = _token_of(token).placeholder.text if _is_bound(token) else ""
+                whose = _token_of(token).placeholder if _is_bound(token) else None
+                owner = whose.text if isinstance(whose, Placeholder) else ""
                 if not pieces or pieces[-1][0] != owner:
                     pieces.append((owner, []))
                 pieces[-1][1].append(token % _STRIDE)
@@ -396,7 +412,6 @@ def describe_binding(conditioning: Any) -> str:
         places = {key: rows for picture in pictures for key, rows in picture.items()}
         entry = values.get(CONDITIONING_KEY) or {}
         names = {fold(name): name for name in entry.get("places", {})}
-        told = {fold(name): ", where this is a negative prompt" for name in entry.get("negative", ())}
         reads = entry.get("reads") if entry.get("length") == cond.shape[1] else None
         if reads:
             shown = " ".join(f"[{owner}: {text}]" if fold(owner) in places else text for text, owner in reads)
@@ -408,8 +423,9 @@ def describe_binding(conditioning: Any) -> str:
         for i, picture in enumerate(pictures):
             of = f"picture {i + 1}: " if len(pictures) > 1 else ""
             lines += [
-                f"    {of}{names.get(str(key), key)} is bound to {'rows' if len(rows) > 1 else 'row'} "
-                f"{', '.join(map(str, rows))} of {cond.shape[1]}{told.get(str(key), '')}"
+                f"    {of}{key.text if isinstance(key, ClassWord) else names.get(str(key), key)} is bound to "
+                f"{'rows' if len(rows) > 1 else 'row'} {', '.join(map(str, rows))} of {cond.shape[1]}"
+                f"{' if this is a negative prompt' if isinstance(key, ClassWord) else ''}"
                 for key, rows in sorted(picture.items(), key=str)
             ]
         if reads and not places:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ...prompt import ClassWord
+
 #: Marks a text that is there to be steered away from.
 NEGATIVE = "negative", "text"  # no string: no placeholder is like it
 
@@ -51,14 +53,15 @@ class Sampled:
 class Group:
     """Batch rows from `start` to before `stop` that share one text.
 
-    places: rows of the text by placeholder key. image: index, in its step, of the image in row `start`; the next row
-    has the next one. None where that can't be known. area: as in `Entry`. tile: the rows show neither all of the
-    picture nor all of the area, or nobody knows what they show. negative: the text is steered away from.
+    places: rows of the text by the key of a placeholder or, in a negative text, of a class word. image: index, in its
+    step, of the image in row `start`; the next row has the next one. None where that can't be known. area: as in
+    `Entry`. tile: the rows show neither all of the picture nor all of the area, or nobody knows what they show.
+    negative: the text is steered away from.
     """
 
     start: int
     stop: int
-    places: Mapping[str, tuple[int, ...]]
+    places: Mapping[str | ClassWord, tuple[int, ...]]
     image: int | None
     area: Area | None
     tile: bool
@@ -71,7 +74,7 @@ class Group:
 
 @dataclass(frozen=True)
 class _Row:
-    places: dict[str, tuple[int, ...]]
+    places: dict[str | ClassWord, tuple[int, ...]]
     entry: Entry | None
     image: int | None
     tile: bool
@@ -116,7 +119,8 @@ def groups_of(
         else:
             shown, negative = None, NEGATIVE in marks
         whole = entry is not None and shape == (sampled.grid if entry.area is None else entry.area[:2])
-        places = {key: at for key, at in marks.items() if isinstance(key, str)}
+        words = (str, ClassWord) if negative else (str,)
+        places = {key: at for key, at in marks.items() if isinstance(key, words)}
         rows.append(_Row(places, entry, image, not whole, negative))
     groups: list[Group] = []
     for number, row in enumerate(rows):

@@ -24,13 +24,15 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...errors import NestedAttentionError
+from ...prompt import ClassWord
 from ...schedule import step_of
 from . import text as texts
 from .apart import BoundedSelfAttention, Regions, cannot_separate
 from .layer import Step, with_subjects
+from .negatives import is_negative, mark_negatives, with_words
 from .prompt import why_unmentioned
 from .recording import Recorder, Recording
-from .rows import NEGATIVE, Entry, Sampled, Window, clipped, groups_of
+from .rows import Entry, Sampled, Window, clipped, groups_of
 from .store import Store
 from .text import MarkedText, mark, marks_of, plain, rows_of
 from .uncompiled import Uncompiled
@@ -75,14 +77,13 @@ class _Run:
         self.unread: set[str] = set()  # placeholders in texts that a layer read in this step without us
         self.kept_apart: Apart | None = model.get_attachment(APART_KEY)
         self.regions: Regions | None = None
-        subjects = tuple(a for a in applications if not a.negative_of)  # come first
-        if self.kept_apart is not None and self.kept_apart.strength and len(subjects) > 1:
-            fixed = {i: a.mask for i, a in enumerate(subjects) if a.mask is not None}
+        if self.kept_apart is not None and self.kept_apart.strength and len(applications) > 1:
+            fixed = {i: a.mask for i, a in enumerate(applications) if a.mask is not None}
             self.regions = Regions(fixed, latent, model.load_device)
         recording: Recording | None = model.get_attachment(RECORDING_KEY)
         self.recorder: Recorder | None = None
-        if recording is not None and subjects:
-            self.recorder = Recorder(recording, subjects, self.layers, latent)
+        if recording is not None and applications:
+            self.recorder = Recorder(recording, applications, self.layers, latent)
         sampling = model.get_model_object("model_sampling")
 
         def window(of: Application | Apart) -> tuple[float, float]:
@@ -167,16 +168,16 @@ def _sampling_run(guider: Any, latent: Sequence[int], sigmas: Tensor) -> Iterato
     )
     _warn_of_strangers(guider.conds, applied)
     mentioned = _check_mentioned(guider.conds, applications, elsewhere)
-    _tell_of_unconditional(guider.conds, applications)
-    applications = tuple(a for a in applications if elsewhere or mentioned.intersection(a.keys))
+    if not elsewhere:
+        applications = with_words(guider, [a for a in applications if a.placeholder.key in mentioned])
     # Sums are rounded in some order: with one of its own the picture does not depend on that of the nodes.
-    applications = tuple(sorted(applications, key=lambda a: (bool(a.negative_of), a.placeholder.key)))
+    applications = tuple(sorted(applications, key=lambda a: a.placeholder.key))
     run = _Run(guider, applications, latent, sigmas)
     for kind, wrapper in _WRAPPERS.items():  # innermost, so that what other wrappers change is there by then
         wrappers = options["wrappers"].setdefault(kind, {})
         wrappers.pop(KEY, None)
         wrappers[KEY] = [wrapper]
-    _mark_negatives(guider.conds)
+    mark_negatives(guider.conds)
     token = _current.set(run)
     try:
         yield
@@ -188,21 +189,8 @@ def _sampling_run(guider: Any, latent: Sequence[int], sigmas: Tensor) -> Iterato
         run.store.close()
 
 
-def _is_negative(name: str) -> bool:
-    """Whether a guider's list of conditionings by that name is there to be steered away from."""
-    return any(word in name.lower() for word in ("neg", "uncond", "empty"))
-
-
 def _mentioned_in(text: Any) -> set[str]:
     return {key for key, marks in marks_of(text).items() if isinstance(key, str) and bool(marks.any())}
-
-
-def _mark_negatives(conds: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """The entries of a run are its own copies: texts in them may be marked for it."""
-    for name, entries in conds.items():
-        for entry in entries:
-            if _is_negative(name) and isinstance(entry.get("cross_attn"), MarkedText):
-                entry["cross_attn"] = mark(entry["cross_attn"], {NEGATIVE: torch.ones((), dtype=torch.bool)})
 
 
 def _check_mentioned(
@@ -217,7 +205,7 @@ def _check_mentioned(
         name: set().union(*(_mentioned_in(entry.get("cross_attn")) for entry in entries))
         for name, entries in conds.items()
     }
-    positive: set[str] = set().union(*(keys for name, keys in found.items() if not _is_negative(name)))
+    positive: set[str] = set().union(*(keys for name, keys in found.items() if not is_negative(name)))
     for application in applications:
         placeholder = application.placeholder
         if placeholder.key in positive or application.skip_unmentioned or elsewhere:
@@ -226,7 +214,7 @@ def _check_mentioned(
             (entry["cross_attn"], entry)
             for name, entries in conds.items()
             for entry in entries
-            if not _is_negative(name) and entry.get("cross_attn") is not None
+            if not is_negative(name) and entry.get("cross_attn") is not None
         ]
         others = ", ".join(sorted(positive)) or "no subject at all"
         raise NestedAttentionError(
@@ -237,20 +225,6 @@ def _check_mentioned(
             "when_unmentioned = skip."
         )
     return set().union(*found.values())
-
-
-def _tell_of_unconditional(
-    conds: Mapping[str, Sequence[Mapping[str, Any]]], applications: Sequence[Application]
-) -> None:
-    """Says which unconditional subjects have no word in the negative prompts, where there are such."""
-    texts = [e.get("cross_attn") for name, entries in conds.items() if _is_negative(name) for e in entries]
-    mentioned: set[str] = set().union(*map(_mentioned_in, texts))
-    for application in applications:
-        if application.negative_of and texts and not mentioned.intersection(application.keys):
-            log.warning(
-                "The unconditional subject acts nowhere: no negative prompt has the word %s. Write it there, in a text "
-                "encode node whose CLIP comes from Apply Subject.", application.placeholder.text,
-            )  # fmt: skip
 
 
 def _warn_of_strangers(conds: Mapping[str, Sequence[Mapping[str, Any]]], applied: Sequence[Application]) -> None:
@@ -368,12 +342,7 @@ class _Now:
             text = entry.get("model_conds", {}).get("c_crossattn")
             if text is not None and not late and self.sigma >= entry.get("timestep_end", self.sigma):
                 mentioned |= _mentioned_in(text.cond) if "default" not in entry else set()
-        applications = self.run.applications
-        return {
-            i
-            for i in self.step.strengths
-            if applications[i].placeholder.key in mentioned and not applications[i].negative_of
-        }
+        return {i for i in self.step.strengths if self.run.applications[i].placeholder.key in mentioned}
 
 
 def _acted_nowhere(name: str, why: str, model_options: Mapping[str, Any]) -> NestedAttentionError:
@@ -404,8 +373,6 @@ def _check_all_acted(run: _Run, mentioned: set[str], model_options: Mapping[str,
         return
     for i in sorted(set(range(len(run.applications))) - run.reached):
         application = run.applications[i]
-        if application.negative_of:  # a text that has its word need not be steered away from
-            continue
         name = application.placeholder.text
         if i in run.asked or not run.stepped:
             raise _acted_nowhere(name, "no layer was called with a text that mentions it", model_options)
@@ -446,7 +413,8 @@ def _apply_model(
     if now.apart:
         groups = groups_of(rows_of(c_crossattn), now.step.sampled, (x.shape[-2], x.shape[-1]))
         options = now.bounded(options, groups)
-    if here or options.get("patches", {}).get("attn2_patch"):
+    words = any(isinstance(key, ClassWord) for key in marks_of(c_crossattn))
+    if here or words or options.get("patches", {}).get("attn2_patch"):
         options = with_subjects(options, now.step, now.run.layers)
     else:
         c_crossattn = plain(c_crossattn)
@@ -467,7 +435,7 @@ def _unread(text: MarkedText) -> None:
             _warn_of_plain_model(mentioned)
         return
     run.unread |= mentioned
-    here = [a.placeholder.text for a in run.applications if a.placeholder.key in mentioned and not a.negative_of]
+    here = [a.placeholder.text for a in run.applications if a.placeholder.key in mentioned]
     if here and not labelled:
         raise _acted_nowhere(", ".join(here), "it samples with options from before Apply Subject", {})
 

@@ -16,8 +16,40 @@ from torch import Tensor
 from ...attention import one_hot_values
 from ...errors import NestedAttentionError
 from ...layers import CrossAttentionLayer
+from ...subject import Subject
 from .rows import Group, Sampled
 from .values import Application
+
+
+class _Side:
+    """What a subject is in a run's texts: K̈ and V̈ per layer, (1, N, C) each, or None where its layer weight is 0; the
+    logarithms of its tokens' multiplicities (N,), or None for ones."""
+
+    def __init__(
+        self,
+        model: comfy.model_patcher.ModelPatcher,
+        layers: Sequence[CrossAttentionLayer],
+        application: Application,
+        subject: Subject,
+    ) -> None:
+        dtype = model.model.get_dtype_inference()
+        encoder = application.source.encoder
+        tokens, weights = subject.tokens, subject.token_weights
+        if weights is not None:
+            tokens, weights = tokens[:, weights > 0], weights[weights > 0]
+        room = 2 * tokens.shape[1] * sum(layer.width for layer in layers) * dtype.itemsize
+        comfy.model_management.load_models_gpu([encoder.patcher], memory_required=room)
+        module, device = encoder.module, encoder.patcher.load_device
+        tokens = tokens.to(device, next(module.parameters()).dtype)
+        self.pairs: list[tuple[Tensor, Tensor] | None] = []
+        for layer, weight in zip(layers, application.layer_weights, strict=True):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            if weight == 0:
+                self.pairs.append(None)
+                continue
+            key, value = module.keys_values(tokens, layer.index)
+            self.pairs.append((key.to(model.load_device, dtype), value.to(model.load_device, dtype)))
+        self.log_weights = None if weights is None else weights.log()
 
 
 class Store:
@@ -33,8 +65,8 @@ class Store:
         """latent: shape of all that the run samples, (images, channels, rows, columns)."""
         self.applications = applications
         self.latent = latent
-        self._keys_values: list[list[tuple[Tensor, Tensor] | None]] = []  # per application and layer, (1, N, C) each
-        self._log_weights: list[Tensor | None] = []
+        self._sides: list[_Side] = []  # by application
+        self._negative: dict[int, _Side] = {}  # where it is another one in texts that are steered away from
         self._kept: dict[Any, Any] = {}
         self._load(model, layers)
 
@@ -44,31 +76,15 @@ class Store:
         Before the host loads the model: it may then put the encoder aside for it, and sees the room that K̈ and V̈
         take. So the encoder is none of the model's additional models, which stay as long as the model.
         """
-        dtype = model.model.get_dtype_inference()
-        for application in self.applications:
-            encoder, subject = application.source.encoder, application.source.subject
-            tokens, weights = subject.tokens, subject.token_weights
-            if weights is not None:
-                tokens, weights = tokens[:, weights > 0], weights[weights > 0]
-            room = 2 * tokens.shape[1] * sum(layer.width for layer in layers) * dtype.itemsize
-            comfy.model_management.load_models_gpu([encoder.patcher], memory_required=room)
-            module, device = encoder.module, encoder.patcher.load_device
-            tokens = tokens.to(device, next(module.parameters()).dtype)
-            pairs: list[tuple[Tensor, Tensor] | None] = []
-            for layer, weight in zip(layers, application.layer_weights, strict=True):
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                if weight == 0:
-                    pairs.append(None)
-                    continue
-                key, value = module.keys_values(tokens, layer.index)
-                pairs.append((key.to(model.load_device, dtype), value.to(model.load_device, dtype)))
-            self._keys_values.append(pairs)
-            self._log_weights.append(None if weights is None else weights.log())
+        for i, application in enumerate(self.applications):
+            self._sides.append(_Side(model, layers, application, application.source.subject))
+            if application.unconditional is not None:
+                self._negative[i] = _Side(model, layers, application, application.unconditional.subject)
 
     def close(self) -> None:
         """Give back everything."""
-        self._keys_values.clear()
-        self._log_weights.clear()
+        self._sides.clear()
+        self._negative.clear()
         self._kept.clear()
 
     def kept(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -79,21 +95,29 @@ class Store:
 
     def acts_in(self, i: int, layer: int) -> bool:
         """Whether application i has anything to add in a layer; not where its layer weight is 0."""
-        return self._keys_values[i][layer] is not None
+        return self._sides[i].pairs[layer] is not None
 
-    def keys_values(self, i: int, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """K̈ and V̈ of application i, (1, N, C) each, on the device and in the type of a layer's tensor."""
-        pair = self._keys_values[i][layer]
+    def _side(self, i: int, negative: bool) -> _Side:
+        return self._negative.get(i, self._sides[i]) if negative else self._sides[i]
+
+    def keys_values(self, i: int, layer: int, like: Tensor, negative: bool) -> tuple[Tensor, Tensor]:
+        """K̈ and V̈ of application i, (1, N, C) each, on the device and in the type of a layer's tensor.
+
+        negative: in a text that is steered away from.
+        """
+        side = self._side(i, negative)
+        pair = side.pairs[layer]
         assert pair is not None
         if pair[0].device == like.device and pair[0].dtype == like.dtype:
             return pair
-        moved = ("kv", i, layer, like.device, like.dtype)
+        moved = ("kv", side, layer, like.device, like.dtype)
         return self.kept(moved, lambda: tuple(t.to(like.device, like.dtype) for t in pair))
 
-    def log_weights(self, i: int, device: torch.device) -> Tensor | None:
+    def log_weights(self, i: int, device: torch.device, negative: bool) -> Tensor | None:
         """Logarithms of the multiplicities of application i's tokens, (N,), or None for ones."""
-        weights = self._log_weights[i]
-        return None if weights is None else self.kept(("weights", i, device), partial(weights.to, device))
+        side = self._side(i, negative)
+        weights = side.log_weights
+        return None if weights is None else self.kept(("weights", side, device), partial(weights.to, device))
 
     def places(self, places: tuple[int, ...], device: torch.device) -> Tensor:
         """Rows of a text as an index, (P,)."""

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...prompt import ClassWord
+
 #: what a text is marked with -> a mark for each of its elements, bool, on the CPU
 Marks = dict[Hashable, Tensor]
 
@@ -301,7 +303,7 @@ def _scaled(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> A
         else:
             continue
         for key, marks in result._marks.items():
-            if isinstance(key, str):  # a subject's; which text of a step a row is, it stays
+            if isinstance(key, (str, ClassWord)):  # a word's; which text of a step a row is, it stays
                 marks &= kept
     return result
 

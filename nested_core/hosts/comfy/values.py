@@ -60,8 +60,7 @@ class Application:
     over the whole picture, one or one per image. layer_weights: factor on the strength per layer, in the order of
     `unet_layers_of`. skip_unmentioned: let a run pass in which no positive prompt mentions the subject. separation: σ,
     how far it yields where another subject is looked at more. schedule: how the strength moves over the steps.
-    negative_of: keys of other placeholders, in whose place this one stands in texts that are steered away from; it acts
-    nowhere else then. Empty for a subject.
+    unconditional: what it is in texts that are steered away from, there on its class word too; None: itself.
     """
 
     source: HostSubject
@@ -77,12 +76,7 @@ class Application:
     skip_unmentioned: bool = False
     separation: float = 0.0
     schedule: Schedule | None = None
-    negative_of: tuple[str, ...] = ()
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Of the placeholders whose places it takes."""
-        return tuple(dict.fromkeys((self.placeholder.key, *self.negative_of)))
+    unconditional: HostSubject | None = None
 
     @property
     def idle(self) -> bool:
