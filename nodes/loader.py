@@ -28,10 +28,8 @@ class NestedEncoderLoader(io.ComfyNode):
             node_id="NestedEncoderLoader",
             display_name="Load Nested Encoder",
             category=CATEGORY,
-            description=(
-                "Loads the encoder that turns photos of a subject into what the picture model can look at. It belongs "
-                "to one kind of model (SDXL or SD 1.5) and one kind of subject (the public one: faces)."
-            ),
+            description="Loads the encoder that turns photos of a subject into what the picture model can look at. It "
+            "belongs to one kind of model (SDXL or SD 1.5) and one kind of subject (the public one: faces).",
             search_aliases=["nested attention", "subject", "identity", "personalization", "face", "ipadapter"],
             inputs=[
                 io.Combo.Input(
