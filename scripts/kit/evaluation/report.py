@@ -21,7 +21,8 @@ _NOTES = {
     "unconditional": [
         "",
         "Made by `python scripts/evaluate.py --identities 32 --only unconditional`. *gain*: of identity over that with",
-        "nothing in the negative prompt, subject by subject.",
+        "nothing in the negative prompt, subject by subject. A black picture gains nothing at any of these, and costs",
+        "likeness at the higher ones; the class word by itself does next to nothing.",
     ],
 }
 
@@ -92,6 +93,7 @@ def _markdown(part: str, rows: list[dict[str, Any]]) -> list[str]:
                 continue
             mean, low, high = row[column]
             if column == "gain":
+                mean, low, high = (round(x, 2) + 0.0 for x in (mean, low, high))  # no -0
                 cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
                 continue
             wide = column in ("identity", "alignment", "own", "swapped", "edit", "rest")
