@@ -100,13 +100,20 @@ def identity(bench: Bench) -> Rows:
 
 
 def unconditional(bench: Bench) -> Rows:
-    """What the negative side of the guidance gets: nothing, the class word, or a black picture on the class word."""
-    titles = {"": "nothing", "word": "the class word", "black": "a black picture on the class word"}
-    return [
-        (f"cfg {cfg:g}, {title}", bench.measure(bench.condition("nested", cfg=cfg, negative=negative), 0.5))
-        for cfg in GUIDANCE
-        for negative, title in titles.items()
-    ]
+    """What the negative side of the guidance gets: nothing, the class word, or a black picture on the class word.
+
+    *gain*: of identity over that of nothing, subject by subject.
+    """
+    rows = []
+    for cfg in GUIDANCE:
+        nothing = bench.measure(bench.condition("nested", cfg=cfg), 0.5)
+        rows.append((f"cfg {cfg:g}, nothing", nothing))
+        for negative, title in (("word", "the class word"), ("black", "a black picture on the class word")):
+            scores = bench.measure(bench.condition("nested", cfg=cfg, negative=negative), 0.5)
+            pairs = zip(scores.right["identity"], nothing.right["identity"], strict=True)
+            scores.right["gain"] = [one - other for one, other in pairs]
+            rows.append((f"cfg {cfg:g}, {title}", scores))
+    return rows
 
 
 def attention(bench: Bench) -> Rows:

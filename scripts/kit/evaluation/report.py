@@ -16,6 +16,16 @@ from ..paths import REPO
 from . import METHODS, TITLES
 from .parts import Rows
 
+#: What stands under a part's table, line by line.
+_NOTES = {
+    "unconditional": [
+        "",
+        "Made by `python scripts/evaluate.py --identities 32 --only unconditional`. *gain*: of identity over that with",
+        "nothing in the negative prompt, subject by subject. A black picture gains nothing at any of these, and costs",
+        "likeness at the higher ones; the class word by itself does next to nothing.",
+    ],
+}
+
 
 def write_report(part: str, rows: Rows) -> None:
     """Tables, raw figures and the plot under docs/, with a part measured anew; the others stay as the JSON has them."""
@@ -50,6 +60,7 @@ def _page(known: dict[str, Any]) -> list[str]:
             counted += " (*own* and *swapped*: two thirds of that; *edit* and *rest*: half.) One training each."
         text += ["", f"## {TITLES[part]}", "", counted, ""]
         text += _markdown(part, entry["rows"])
+        text += _NOTES.get(part, [])
     text += [
         "",
         "*edit*: the share of pictures with the attribute that the prompt gives the subject against its reference,",
@@ -64,6 +75,8 @@ def _markdown(part: str, rows: list[dict[str, Any]]) -> list[str]:
     columns = ["identity", "alignment"]
     if part in ("pairs", "separation", "apart"):
         columns = ["own", "swapped", "neither", "alignment"]
+    elif part == "unconditional":
+        columns = ["identity", "gain", "alignment"]
     elif part == "edits":
         columns = ["edit", "identity", "alignment"]
     elif part in ("attention", "remedies"):
@@ -75,7 +88,14 @@ def _markdown(part: str, rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         cells = []
         for column in columns:
+            if column not in row:  # a gain over itself
+                cells.append("")
+                continue
             mean, low, high = row[column]
+            if column == "gain":
+                mean, low, high = (round(x, 2) + 0.0 for x in (mean, low, high))  # no -0
+                cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
+                continue
             wide = column in ("identity", "alignment", "own", "swapped", "edit", "rest")
             cells.append(
                 f"{mean:.2f} ({low:.2f} to {high:.2f})" if wide else f"{mean:.{3 if part == 'attention' else 2}f}"
