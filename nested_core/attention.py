@@ -51,6 +51,9 @@ from .errors import NestedAttentionError
 ValueNorm = Literal["match", "match_per_head", "unit", "none"]
 VALUE_NORMS: tuple[ValueNorm, ...] = get_args(ValueNorm)
 
+#: eps of a norm's square: a v* of nothing (an untrained layer, a dead head) has no direction, and stays nothing.
+_NOTHING = 1e-30
+
 #: `attend(q (B, Q, C), k (B, N, C), v (B, N, C), heads, mask (B, Q, N) or None) -> (B, Q, C)`
 Attend = Callable[[Tensor, Tensor, Tensor, int, "Tensor | None"], Tensor]
 
@@ -60,7 +63,7 @@ class NestedTerm:
     """One subject in one cross-attention layer: the same one in all batch rows, or another one in each.
 
     Attributes:
-        key, value: K̈ and V̈ of the subject in this layer, (1 or B, N, C).
+        key, value: K̈ and V̈ of the subject in this layer, (1 or B, N, C), in the layer's type or a wider one.
         places: indexes of the bound tokens on the text axis, int64, on the device of the layer: (P,) for all rows, or
             (B, P), where -1 fills up rows with fewer places.
         strength: w; 1 is the paper, 0 adds nothing.
@@ -130,40 +133,43 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor
     return merge_heads(F.scaled_dot_product_attention(qh, kh, vh, mask))
 
 
-def one_hot_values(places: Tensor, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Values whose attention is the probability of the tokens at `places`: (T, width), or (B, T, width) for (B, P).
+def one_hot_values(places: Tensor, tokens: int, heads: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Values whose attention is the probability of the tokens at `places`: (T, H·d), or (B, T, H·d) for (B, P).
 
-    Column i is 1 at place i; columns beyond P, and those of a place of -1, are 0. P must not exceed `width`.
+    In each head of `width` d, column i is 1 at place i; columns beyond P, and those of a place of -1, are 0. P must not
+    exceed the width.
     """
     columns = F.pad(places, (0, width - places.shape[-1]), value=-1)
-    return (torch.arange(tokens, device=places.device)[:, None] == columns[..., None, :]).to(dtype)
+    hot = (torch.arange(tokens, device=places.device)[:, None] == columns[..., None, :]).to(dtype)
+    return hot.unsqueeze(-2).expand(*hot.shape[:-1], heads, width).flatten(-2)
 
 
-def outer_probabilities(q: Tensor, k: Tensor, heads: int, places: Tensor, one_hot: Tensor | None = None) -> Tensor:
+def outer_probabilities(
+    q: Tensor, k: Tensor, heads: int, places: Tensor, one_hot: Tensor | None = None, attend: Attend = scaled_dot_product
+) -> Tensor:
     """a_s(q): the outer attention's probability of the tokens at `places`, (P,) or (B, P); (B, Q, H, P) in q's type.
 
-    A place of -1 has the probability 0. `one_hot`: `one_hot_values` of these places, of a head's width, where the
-    caller has them already.
+    A place of -1 has the probability 0. `one_hot`: `one_hot_values` of these places for each batch row, (B, T, C),
+    where the caller has them already.
 
     Attention over one-hot values *is* the probability. So it runs in the fused kernels, whose softmax statistics are
     fp32 for every input type, and does not build the (B, H, Q, T) matrix.
     """
-    qh, kh = split_heads(q, heads), split_heads(k, heads)
     if _written_out(q):
-        prob = probabilities(qh, kh).transpose(1, 2)
+        prob = probabilities(split_heads(q, heads), split_heads(k, heads)).transpose(1, 2)
         if places.ndim == 1:
             return prob.index_select(-1, places)
         at = places.clamp_min(0)[:, None, None].expand(*prob.shape[:3], -1)
         return prob.gather(-1, at) * (places >= 0)[:, None, None]
-    head_dim, tokens = qh.shape[-1], kh.shape[-2]
-    columns = []
+    width, columns = q.shape[-1] // heads, []
     # Kernels want values as wide as keys: that many places per call. One call in practice.
-    for part in places.split(head_dim, dim=-1):
-        values = one_hot_values(part, tokens, head_dim, k.dtype) if one_hot is None else one_hot
-        if values.ndim == 3:
-            values = values[:, None]
-        prob = F.scaled_dot_product_attention(qh, kh, values.expand(*kh.shape[:2], -1, -1))
-        columns.append(prob[..., : part.shape[-1]].transpose(1, 2))
+    for part in places.split(width, dim=-1):
+        values = one_hot
+        if values is None:
+            values = one_hot_values(part, k.shape[1], heads, width, k.dtype)
+            # Copied for each row: not every kernel is right about values of stride 0.
+            values = values.repeat(k.shape[0], 1, 1) if values.ndim == 2 else values
+        columns.append(attend(q, k, values, heads, None).unflatten(-1, (heads, -1))[..., : part.shape[-1]])
     return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
 
 
@@ -184,25 +190,38 @@ def _sum_places(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 else x.sum(-1, keepdim=True)
 
 
-def _rescaled(term: NestedTerm, share: Tensor, nested: Tensor, replaced: Tensor) -> Tensor:
-    """Equation (4): Σ over the places of `share` times the factor on v*_q; (B, Q, H, 1).
+def _scaled(value_norm: ValueNorm, share: Tensor, replaced: Tensor) -> Tensor:
+    """The share of each place times the norm that equation (4) gives v*_q there, but for α: (B, Q, H, P).
 
-    share: a_s(q) of the bound places (B, Q, H, P). nested: v*_q before rescaling (B, Q, H, d). replaced: V at the
-    bound places (B, P, H, d).
+    share: a_s(q) of bound places (B, Q, H, P). replaced: V at them (B, P, H, d).
     """
+    if value_norm in ("none", "unit"):
+        return share
+    target = _norms(replaced.flatten(2))[..., None] if value_norm == "match" else _norms(replaced)  # (B, P, 1 or H)
+    return share * target.transpose(1, 2)[:, None]
+
+
+def _rescaled(term: NestedTerm, scaled: Tensor, nested: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Equation (4), summed over the places: the product of what comes back is what is added.
+
+    scaled: `_scaled` of the subject's places (B, Q, H, P). nested: v*_q before rescaling (B, Q, H, d). Returns v*_q in
+    some scale (B, Q, H, d), a factor (B, Q, H, 1), and a number.
+    """
+    factor = _sum_places(scaled)
     if term.value_norm == "none":
-        return _sum_places(share)
-    if term.value_norm == "match":
-        norm = _norms(nested.flatten(2))[:, :, None, None]  # (B, Q, 1, 1)
-        target = _norms(replaced.flatten(2))[:, None, None, :]  # (B, 1, 1, P)
+        return nested, factor, 1.0
+    number = 1.0
+    if isinstance(term.alpha, Tensor):
+        factor = factor * term.alpha
     else:
-        norm = _norms(nested)[..., None]  # (B, Q, H, 1)
-        target = _norms(replaced).transpose(1, 2)[:, None]  # (B, 1, H, P)
-        if term.value_norm == "unit":
-            target = torch.ones_like(target)
+        number = term.alpha
+    measured = nested.flatten(2) if term.value_norm == "match" else nested  # (B, Q, C) or (B, Q, H, d)
+    if _mixes_types(nested):  # one kernel instead of three
+        width = measured.shape[-1]
+        return F.rms_norm(measured, (width,), eps=_NOTHING).view_as(nested), factor, number * width**-0.5
+    norm = _norms(measured).reshape(*nested.shape[:2], -1, 1)  # (B, Q, 1 or H, 1)
     # A v* of nothing (an untrained layer, a dead head) has no direction to rescale: it stays nothing.
-    norm = F.threshold(norm, 0.0, torch.inf)
-    return _sum_places(share * (term.alpha * target)) / norm
+    return nested, factor / F.threshold(norm, 0.0, torch.inf), number
 
 
 def _where_they_act(terms: Sequence[NestedTerm], probs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -232,9 +251,19 @@ def _where_they_act(terms: Sequence[NestedTerm], probs: Sequence[Tensor]) -> lis
     return factors
 
 
+def _mixes_types(x: Tensor) -> bool:
+    """Whether one operation may read several floating types at no cost, as CUDA's do (not all devices can)."""
+    return x.is_cuda
+
+
 def _fitting(x: Tensor, like: Tensor) -> Tensor:
-    """x in another's type, at most the largest number of it: not every device mixes types in one operation."""
-    return x if x.dtype == like.dtype else x.clamp(max=torch.finfo(like.dtype).max).to(like.dtype)
+    """x in another's type, at most the largest number of it; as it is where types may be mixed."""
+    if x.dtype == like.dtype or _mixes_types(like):
+        return x
+    if torch.finfo(x.dtype).max <= torch.finfo(like.dtype).max:
+        return x.to(like.dtype)
+    most = torch.finfo(like.dtype).max
+    return x.clamp(-most, most).to(like.dtype)
 
 
 def _raised(
@@ -308,35 +337,60 @@ def nested_delta(
         prob = outer_probabilities(q, k, heads, places)  # a_s, (B, Q, H, P)
     replaced = _at(v, places).unflatten(-1, (heads, -1))  # V[s], (B, P, H, d)
     total = torch.zeros_like(q) if into is None else into
-    by_head = total.unflatten(-1, (heads, -1))  # (B, Q, H, d)
+    # Several subjects are summed in fp32: each sum in a half type would round once more.
+    summed = total if len(terms) == 1 else total.to(_statistics(q))
+    by_head = summed.unflatten(-1, (heads, -1))  # (B, Q, H, d)
     factors = _where_they_act(terms, prob.split(counts, dim=-1))
     if any(term.focus != 1 for term in terms):
-        own = attend(q, k, v, heads, None).unflatten(-1, (heads, -1))
+        own = _fitting(attend(q, k, v, heads, None), summed).unflatten(-1, (heads, -1))
         raised, rest = _raised(q, _at(k, places), terms, factors, places, prob)
-        by_head.addcmul_(own, _fitting(rest - 1, q))
-        louder = _fitting(raised - rest * prob, q)  # what the raised logit alone adds of V[s]
+        by_head.addcmul_(own, _fitting(rest - 1, summed))
+        louder = _fitting(raised - rest * prob, summed)  # what the raised logit alone adds of V[s]
         for p in range(places.shape[-1]):
-            by_head.addcmul_(replaced[:, p, None], louder[..., p, None])
+            by_head.addcmul_(_fitting(replaced[:, p, None], summed), louder[..., p, None])
         prob = raised
-    parts = zip(prob.split(counts, dim=-1), replaced.split(counts, dim=1), strict=True)
-    for term, at, (share, before) in zip(terms, factors, parts, strict=True):
-        _add(by_head, q, term, share if at is None else share * at, before, attend)
-    return total
+    shares, values = prob.split(counts, dim=-1), replaced.split(counts, dim=1)
+    norms = {term.value_norm for term in terms}
+    if len(norms) == 1:  # of all subjects at once
+        scaled = _scaled(norms.pop(), prob, replaced).split(counts, dim=-1)
+    else:
+        scaled = tuple(_scaled(t.value_norm, *of) for t, *of in zip(terms, shares, values, strict=True))
+    for term, at, share, rescaled, before in zip(terms, factors, shares, scaled, values, strict=True):
+        if at is not None:
+            share, rescaled = share * at, rescaled * at
+        _add(by_head, q, term, share, rescaled, before, attend)
+    if summed is total:
+        return total
+    return summed.to(total.dtype) if into is None else into.copy_(summed)
 
 
-def _add(out: Tensor, q: Tensor, term: NestedTerm, share: Tensor, replaced: Tensor, attend: Attend) -> None:
-    """Adds one subject to a layer's output by head, out (B, Q, H, d).
+def _add(
+    out: Tensor, q: Tensor, term: NestedTerm, share: Tensor, scaled: Tensor, replaced: Tensor, attend: Attend
+) -> None:
+    """Adds one subject to a layer's output by head, out (B, Q, H, d), in the type of q or of `_statistics`.
 
-    share: a'_s where the subject acts (B, Q, H, P). replaced: V[s] (B, P, H, d).
+    share: a'_s where the subject acts (B, Q, H, P). scaled: `_scaled` of that. replaced: V[s] (B, P, H, d).
     """
-    heads = out.shape[2]
-    key, value = (x.expand(q.shape[0], -1, -1) for x in (term.key, term.value))
-    mask = None
-    if term.log_weights is not None:
-        mask = term.log_weights.to(q.dtype)
-        mask = (mask if mask.ndim == 1 else mask[:, None]).expand(q.shape[0], q.shape[1], -1)
-    nested = attend(q, key, value, heads, mask).unflatten(-1, (heads, -1))  # (1), (B, Q, H, d)
-    out.addcmul_(nested, _fitting(_rescaled(term, share, nested, replaced), q), value=term.strength)
-    share = _fitting(share, q)
+    nested = _nested(q, term, out.shape[2], attend)
+    nested, factor, number = _rescaled(term, scaled, nested)
+    if nested.dtype != out.dtype and not _mixes_types(out):  # only their product is sure to fit
+        nested, factor = nested.to(factor.dtype) * factor, factor.new_ones(())
+    out.addcmul_(_fitting(nested, out), _fitting(factor, out), value=term.strength * number)
+    share, replaced = _fitting(share, out), _fitting(replaced, out)
     for p in range(share.shape[-1]):
         out.addcmul_(replaced[:, p, None], share[..., p, None], value=-term.strength)
+
+
+def _nested(q: Tensor, term: NestedTerm, heads: int, attend: Attend) -> Tensor:
+    """Equation (1): v*_q of all queries, (B, Q, H, d)."""
+    rows, weights = q.shape[0], term.log_weights
+    key, value = term.key, term.value
+    if len(key) == 1 and (weights is None or weights.ndim == 1):
+        q = q.reshape(1, -1, q.shape[-1])  # K̈ and V̈ are those of all rows: one row of all their queries
+    q = q.to(key.dtype)  # K̈ and V̈ may need a wider one
+    mask = None
+    if weights is not None:
+        key, value = (x.expand(len(q), -1, -1) for x in (key, value))
+        mask = weights.to(q.dtype)
+        mask = (mask if mask.ndim == 1 else mask[:, None]).expand(len(q), q.shape[1], -1)
+    return attend(q, key, value, heads, mask).reshape(rows, -1, heads, q.shape[-1] // heads)

@@ -17,6 +17,8 @@ Shapes: B images, S subjects, Q places of a grid.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,24 @@ from torch import Tensor
 #: is all of it. In between, a ramp.
 RAMP = (0.2, 0.5)
 _SHARPNESS = 4
+
+
+def by_area(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (B, S, H, W) on another grid (h, w), each place the mean of what it covers: adaptive average pooling.
+
+    As two products with matrices: not every device pools to sizes that do not divide.
+    """
+    rows, columns = (_pooling(maps.shape[i], size[i], maps) for i in (-2, -1))
+    return rows @ maps @ columns.T
+
+
+def _pooling(before: int, after: int, like: Tensor) -> Tensor:
+    """(after, before): row i has the same weight for each of the places i·before/after to (i + 1)·before/after."""
+    place, part = (torch.arange(n, device=like.device) for n in (before, after))
+    part = part[:, None]
+    first, last = part * before // after, -(-(part + 1) * before // after)
+    covered = ((place >= first) & (place < last)).to(like.dtype)
+    return covered / covered.sum(1, keepdim=True)
 
 
 def memberships(attention: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ VIT_H = {
 
 _MODULES = [
     *(f"nested_core.hosts.comfy.{name}" for name in (
-        "layer", "apart", "store", "unet", "values", "apply", "run", "text", "prompt", "recording", "check")),
+        "layer", "apart", "attend", "store", "unet", "values", "apply", "run", "text", "prompt", "recording", "check")),
     *(f"nested_core.{name}" for name in ("attention", "encoder", "subject", "layers", "checkpoint", "errors")),
     "nodes.folders",
 ]  # fmt: skip

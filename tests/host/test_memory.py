@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from collections import Counter
 from itertools import cycle
 
@@ -112,7 +111,8 @@ def test_an_encoder_that_is_not_wholly_on_the_device_gives_the_same(pack, sdxl, 
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", load_little)
     watch(pack.encoder.NestedEncoder, "keys_values", lambda said: partly.append(said["self"].model_lowvram))
-    assert torch.equal(sdxl.sample(model, positive, negative), whole)
+    again, _ = sdxl.apply(sdxl.subject(encoder=encoder))  # of the same subject K̈ and V̈ are there
+    assert torch.equal(sdxl.sample(again, positive, negative), whole)
     assert partly == [True] * 70
 
 
@@ -126,14 +126,34 @@ def test_a_run_counts_the_encoder_among_the_host_s_models(sdxl):
     assert encoder.patcher not in model.get_additional_models(), "those stay loaded as long as the model"
 
 
-def test_keys_and_values_are_made_once_a_run(pack, sdxl, watch):
-    """Not per step, and not for the negative prompt."""
-    calls = []
+def test_keys_and_values_are_made_once(pack, sdxl, watch):
+    """Not per step, not for the negative prompt, and not again for another seed: nor is the encoder asked for then."""
+    calls, loaded = [], []
     watch(pack.encoder.NestedEncoder, "keys_values", lambda said: calls.append(said["layer"]))
-    model, clip = sdxl.apply(sdxl.subject())
+    watch(comfy.model_management, "load_models_gpu", lambda said: loaded.extend(said["models"]))
+    encoder = sdxl.make_encoder(seed=7)
+    model, clip = sdxl.apply(sdxl.subject(encoder=encoder))
     positive, negative = sdxl.encode(clip, "<person>"), sdxl.encode(clip, "not <person>")
-    sdxl.sample(model, positive, negative, steps=3, size=(8, 8))
-    assert calls == list(range(70))
+    loaded.clear()
+    first = sdxl.sample(model, positive, negative, steps=3, size=(8, 8))
+    assert calls == list(range(70)) and encoder.patcher in loaded
+    calls.clear(), loaded.clear()
+    again = sdxl.sample(model, positive, negative, steps=3, size=(8, 8))
+    sdxl.sample(model, positive, negative, steps=1, size=(8, 8), seed=11)
+    assert not calls and encoder.patcher not in loaded
+    assert torch.equal(first, again)
+
+
+def test_keys_and_values_go_with_the_subject(pack, sd15):
+    kept = pack.store._MADE
+    gc.collect()
+    before = len(kept)
+    model, clip = sd15.apply(sd15.subject(encoder=sd15.make_encoder(seed=8)))
+    sd15.sample(model, sd15.encode(clip, "<person>"), sd15.encode(clip, ""))
+    assert len(kept) == before + 1
+    del model, clip
+    gc.collect()
+    assert len(kept) == before
 
 
 def test_what_others_computed_is_not_changed_in_place(sdxl):
@@ -164,7 +184,7 @@ def test_what_others_computed_is_not_changed_in_place(sdxl):
 
 @pytest.mark.works_with("Host", "Multi-GPU", "K̈ and V̈ on each device; tried with two names of a CPU")
 def test_several_devices(sdxl, fired, since):
-    """The host's multi-GPU clones, two names of the CPU for two GPUs: K̈ and V̈ for each, and none afterwards."""
+    """The host's multi-GPU clones, two names of the CPU for two GPUs."""
     since("ModelPatcher.deepclone_multigpu")
     base = sdxl.model.clone()
     base.cached_patcher_init = (sdxl.make_model, (torch.float32,))
@@ -183,7 +203,29 @@ def test_several_devices(sdxl, fired, since):
     # Other batches than on one device: rounded otherwise.
     assert (picture - expected).norm() < 1e-4 * expected.norm()
     assert len(fired) >= 2 * 2 * 70
-    refs = [weakref.ref(term.key) for call in fired for term in call.terms]
-    fired.clear()
-    gc.collect()
-    assert not any(ref() for ref in refs)
+    keys = {term.key.data_ptr() for call in fired for term in call.terms}
+    assert len(keys) == 70, "both names are one device"
+
+
+def test_an_encoder_beyond_the_range_of_fp16_is_run_in_fp32(sd15):
+    """V̈ is rescaled after its attention: a million times as much of it is the same picture, if nothing overflows."""
+    half = sd15.make_model(torch.float16)
+    pictures = []
+    for factor in (1.0, 1e6):
+        encoder = sd15.make_encoder(seed=5)
+        for layer in encoder.module.to_v:
+            layer.weight.mul_(factor)
+        model, clip = sd15.apply(sd15.subject(encoder=encoder), half, sd15.clip)
+        pictures.append(sd15.sample(model, sd15.encode(clip, "a photo of <person>"), sd15.encode(clip, "")))
+    plain = sd15.sample(half, sd15.encode(sd15.clip, "a photo of person"), sd15.encode(sd15.clip, ""))
+    assert all(picture.isfinite().all() for picture in pictures)
+    assert (pictures[0] - pictures[1]).norm() < 0.05 * (pictures[0] - plain).norm()
+
+
+def test_an_encoder_of_no_numbers_is_refused(pack, sd15):
+    encoder = sd15.make_encoder(seed=6)
+    subject = sd15.subject(encoder=encoder)
+    encoder.module.to_v[3].weight.fill_(torch.nan)
+    model, clip = sd15.apply(subject)
+    with pytest.raises(pack.errors.NestedAttentionError, match="not finite in 1 of 16 layers"):
+        sd15.sample(model, sd15.encode(clip, "a photo of <person>"), sd15.encode(clip, ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.ldm.modules.attention as host_attention
 import pytest
 import torch
 
@@ -26,7 +27,7 @@ def separate(pack):
 def biases(pack, watch):
     """The bias of every self-attention that is bounded, in order."""
     seen = []
-    watch(pack.apart, "scaled_dot_product", lambda said: seen.append(said.get("mask")))
+    watch(host_attention, "attention_pytorch", lambda said: None if said["mask"] is None else seen.append(said["mask"]))
     return seen
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nested_core.regions import RAMP, memberships, separating_bias
+from nested_core.regions import RAMP, by_area, memberships, separating_bias
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +70,12 @@ def test_whole_subjects_do_not_see_each_other_and_the_background_sees_all(attent
         *(torch.ones(1, 1, 3, 4, device=device) for _ in range(3)), separating_bias(members, 1.0)[None]
     )
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "before, after", [((64, 64), (16, 16)), ((100, 37), (13, 9)), ((8, 8), (8, 8)), ((5, 7), (8, 12))]
+)
+def test_by_area_is_pytorchs_where_that_can(before, after):
+    maps = torch.rand(2, 3, *before, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(maps, size=after, mode="area")
+    torch.testing.assert_close(by_area(maps, after), expected)

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...attention import scaled_dot_product
 from ...errors import NestedAttentionError
-from ...regions import memberships, separating_bias
+from ...regions import by_area, memberships, separating_bias
+from .attend import as_the_host
 from .rows import Group
 from .store import Store
 
@@ -42,7 +42,7 @@ class Regions:
         self.sums: dict[int, Tensor] = {}
         self.counts: dict[int, Tensor] = {}
         for i, mask in masks.items():
-            whole = F.interpolate(mask[:, None].float(), size=self.grid, mode="area")
+            whole = by_area(mask[:, None].float(), self.grid)
             self.known[i] = comfy.utils.repeat_to_batch_size(whole, self.images).to(device)
 
     def note(self, i: int, first: int, attention: Tensor, shape: tuple[int, int], area: Sequence[int] | None) -> None:
@@ -75,7 +75,7 @@ class Regions:
         """What to add to the logits of self-attention on a grid of `shape`: (images, Q, Q), on `device`."""
         h, w, y, x = (*self.grid, 0, 0) if area is None else area
         maps = torch.cat([self.known[i] for i in subjects], 1)[:, :, y : y + h, x : x + w].to(device)
-        part = F.interpolate(maps, size=shape, mode="area" if h > shape[0] else "bilinear")
+        part = by_area(maps, shape) if h > shape[0] else F.interpolate(maps, size=shape, mode="bilinear")
         return separating_bias(memberships(part.flatten(2)), strength)
 
 
@@ -119,9 +119,9 @@ class BoundedSelfAttention:
         height, width = extra_options["activations_shape"][-2:]
         if len(q) != self.groups[-1].stop or not q.shape[1] == k.shape[1] == height * width:
             raise cannot_separate("changes what self-attention sees (HyperTile and token merging do)")
-        heads, parts = extra_options["n_heads"], []
+        heads, parts, attend = extra_options["n_heads"], [], as_the_host(extra_options, beside=True)
         for group in self.groups:
             at, image = group.rows, group.image or 0
             bias = self._bias(q, (height, width), group.area)[image : image + group.stop - group.start]
-            parts.append(scaled_dot_product(q[at], k[at], v[at], heads, bias))
+            parts.append(attend(q[at], k[at], v[at], heads, bias))
         return torch.cat(parts)

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.ldm.modules.attention as host_attention
 from torch import Tensor
 
-from ...attention import Attend, NestedTerm, nested_delta, outer_probabilities, scaled_dot_product
+from ...attention import Attend, NestedTerm, nested_delta, outer_probabilities
 from ...errors import NestedAttentionError
 from ...layers import CrossAttentionLayer
 from ...maps import LayerQueries, WordAttention
 from ...prompt import ClassWord
 from .apart import Regions, cannot_separate
+from .attend import as_the_host
 from .recording import Recorder
 from .rows import Group, Sampled, groups_of
 from .store import Store
@@ -98,18 +98,12 @@ class SubjectLayer:
         self.step, self.layer, self.previous = step, layer, previous
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        heads, precision = extra_options["n_heads"], extra_options.get("attn_precision")
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-            if mask is not None:  # not every backend of the host takes one; PyTorch's always does
-                return scaled_dot_product(q, k, v, heads, mask)
-            return host_attention.optimized_attention(
-                q, k, v, heads, attn_precision=precision, transformer_options=extra_options
-            )
-
-        out = self.previous(q, k, v, extra_options) if self.previous else attend(q, k, v, heads)
+        heads = extra_options["n_heads"]
+        own = self.previous or (lambda q, k, v, options: as_the_host(options)(q, k, v, heads, None))
+        out = own(q, k, v, extra_options)
         # What others computed may be theirs to keep, and gradients may need it: only our own is changed in place.
         ours = self.previous is None and "optimized_attention_override" not in extra_options and not out.requires_grad
+        attend = as_the_host(extra_options, beside=True)
         for group, places in extra_options.get(_BOUND, ()):
             here = {i: rows for i, rows in places.items() if self.step.store.acts_in(i, self.layer)}
             if not here:  # their layer weights are 0
@@ -125,9 +119,9 @@ class SubjectLayer:
     def _add(self, out: Tensor, part: _Part, attend: Attend) -> None:
         """Adds to a layer's output for a group's rows, in place, what its subjects add."""
         places = tuple(row for rows in part.places.values() for row in rows)
-        one_hot = self.step.store.one_hot(places, part.k, part.q.shape[-1] // part.heads)
+        one_hot = self.step.store.one_hot(places, part.k, part.heads)
         index = self.step.store.places(places, part.q.device)
-        prob = outer_probabilities(part.q, part.k, part.heads, index, one_hot)
+        prob = outer_probabilities(part.q, part.k, part.heads, index, one_hot, attend)
         terms = [self._term(i, rows, part) for i, rows in part.places.items()]
         nested_delta(part.q, part.k, part.v, part.heads, terms, attend, into=out, prob=prob)
         if not part.group.negative and (self.step.regions is not None or self.step.recorder is not None):

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -58,6 +59,24 @@ def stand_on(model: comfy.model_patcher.ModelPatcher) -> None:
         wrappers.setdefault(kind, {})[KEY] = [wrapper]
 
 
+#: The noise levels between which something acts, the first one first; None: at all of them.
+_Window = tuple[float, float] | None
+
+
+class _Level:
+    """The noise level of a step. To read it is to wait for the device: once a step, and only where somebody asks."""
+
+    def __init__(self, timestep: Tensor) -> None:
+        self._timestep = timestep
+
+    @cached_property
+    def sigma(self) -> float:
+        return float(self._timestep[0])
+
+    def within(self, window: _Window) -> bool:
+        return window is None or window[1] <= self.sigma <= window[0]
+
+
 class _Run:
     """What a run knows from its start on. Without applications: of a model whose subjects have nothing to do."""
 
@@ -86,17 +105,19 @@ class _Run:
             self.recorder = Recorder(recording, applications, self.layers, latent)
         sampling = model.get_model_object("model_sampling")
 
-        def window(of: Application | Apart) -> tuple[float, float]:
+        def window(of: Application | Apart) -> _Window:
+            if of.start <= 0 and of.end >= 1:
+                return None
             return sampling.percent_to_sigma(of.start), sampling.percent_to_sigma(of.end)
 
         self.windows = [window(a) for a in applications]
-        self.apart_window = (0.0, 0.0) if self.kept_apart is None else window(self.kept_apart)
+        self.apart_window = None if self.kept_apart is None else window(self.kept_apart)
 
     def begin_step(self, timestep: Tensor, sampled: Sampled, options: Mapping[str, Any]) -> _Now | None:
         """What acts at a noise level; None where nothing does."""
-        sigma = float(timestep[0])  # waits for the device: read once a step
-        number, steps = self._step_of(sigma, options.get("sample_sigmas", self.sigmas))
-        strengths = self._strengths(sigma, number, steps)
+        level = _Level(timestep)
+        number, steps = self._step_of(level, options.get("sample_sigmas", self.sigmas))
+        strengths = self._strengths(level, number, steps)
         self.stepped = True
         self.unread.clear()
         if self.recorder is not None:
@@ -104,33 +125,33 @@ class _Run:
         if not strengths:
             return None
         step = Step(self.store, strengths, sampled, self.regions, self.recorder, self.reached)
-        return _Now(self, step, sigma, self._apart(step, sigma))
+        return _Now(self, step, level, self._apart(step, level))
 
-    def _step_of(self, sigma: float, sigmas: Tensor) -> tuple[float, int]:
+    def _step_of(self, level: _Level, sigmas: Tensor) -> tuple[float, int]:
         """Which of how many steps a noise level is, where anything asks for that."""
         if self.recorder is None and not any(a.schedule for a in self.applications):
             return 0.0, 1
         # Samplers that run in parts bring others: known by what they are, read from the device once.
         levels = self.store.kept(("sigmas", id(sigmas)), lambda: (sigmas, sigmas.tolist()))[1]
-        return step_of(sigma, levels)
+        return step_of(level.sigma, levels)
 
-    def _strengths(self, sigma: float, step: float, steps: int) -> dict[int, float]:
+    def _strengths(self, level: _Level, step: float, steps: int) -> dict[int, float]:
         """The subjects that act at a noise level, which is a step of so many, with their strengths."""
         strengths = {}
-        for i, (application, (start, end)) in enumerate(zip(self.applications, self.windows, strict=True)):
+        for i, (application, window) in enumerate(zip(self.applications, self.windows, strict=True)):
             factor = application.schedule.factor(step, steps) if application.schedule else 1.0
-            if end <= sigma <= start and application.strength * factor != 0:
+            if application.strength * factor != 0 and level.within(window):
                 strengths[i] = application.strength * factor
         return strengths
 
-    def _apart(self, step: Step, sigma: float) -> tuple[int, ...]:
+    def _apart(self, step: Step, level: _Level) -> tuple[int, ...]:
         """The applications that do not look at each other in a step; fewer than two are none."""
         if self.regions is None:
             return ()
         if step.sampled.window is not None:
             raise cannot_separate("samples in context windows")
         self.regions.turn()
-        if not self.apart_window[1] <= sigma <= self.apart_window[0]:
+        if not level.within(self.apart_window):
             return ()
         apart = tuple(i for i in step.strengths if i in self.regions.known)
         return apart if len(apart) > 1 else ()
@@ -299,8 +320,8 @@ def _labelled(entries: Any, grid: tuple[int, int]) -> Any:
 class _Now:
     """A step on its way through the host: what its calls of the model share, and what became of its texts."""
 
-    def __init__(self, run: _Run, step: Step, sigma: float, apart: tuple[int, ...]) -> None:
-        self.run, self.step, self.sigma = run, step, sigma
+    def __init__(self, run: _Run, step: Step, level: _Level, apart: tuple[int, ...]) -> None:
+        self.run, self.step, self.level = run, step, level
         self.apart = apart  # applications that do not look at each other
         self.came: set[str] | None = None  # placeholders in texts that the model was called with, if it was
 
@@ -338,9 +359,10 @@ class _Now:
         """The acting subjects that a text of this step mentions."""
         mentioned: set[str] = set()
         for entry in (entry for entries in conds for entry in entries or ()):
-            late = self.sigma > entry.get("timestep_start", self.sigma)
+            late = "timestep_start" in entry and self.level.sigma > entry["timestep_start"]
+            over = "timestep_end" in entry and self.level.sigma < entry["timestep_end"]
             text = entry.get("model_conds", {}).get("c_crossattn")
-            if text is not None and not late and self.sigma >= entry.get("timestep_end", self.sigma):
+            if text is not None and not late and not over:
                 mentioned |= _mentioned_in(text.cond) if "default" not in entry else set()
         return {i for i in self.step.strengths if self.run.applications[i].placeholder.key in mentioned}
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention import one_hot_values
 from ...errors import NestedAttentionError
 from ...layers import CrossAttentionLayer
-from ...subject import Subject
+from ...regions import by_area
 from .rows import Group, Sampled
-from .values import Application
+from .values import Application, HostSubject
+
+#: subject -> (layer, type) -> its K̈ and V̈ there, on the CPU. They depend on nothing else: a graph that runs again needs
+#: no encoder, which on a small card would push the U-Net out each time. They go when the subject does.
+_MADE: WeakKeyDictionary[HostSubject, dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 class _Side:
@@ -30,26 +35,68 @@ class _Side:
         model: comfy.model_patcher.ModelPatcher,
         layers: Sequence[CrossAttentionLayer],
         application: Application,
-        subject: Subject,
+        source: HostSubject,
     ) -> None:
         dtype = model.model.get_dtype_inference()
-        encoder = application.source.encoder
-        tokens, weights = subject.tokens, subject.token_weights
-        if weights is not None:
-            tokens, weights = tokens[:, weights > 0], weights[weights > 0]
-        room = 2 * tokens.shape[1] * sum(layer.width for layer in layers) * dtype.itemsize
-        comfy.model_management.load_models_gpu([encoder.patcher], memory_required=room)
-        module, device = encoder.module, encoder.patcher.load_device
-        tokens = tokens.to(device, next(module.parameters()).dtype)
-        self.pairs: list[tuple[Tensor, Tensor] | None] = []
-        for layer, weight in zip(layers, application.layer_weights, strict=True):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            if weight == 0:
-                self.pairs.append(None)
-                continue
-            key, value = module.keys_values(tokens, layer.index)
-            self.pairs.append((key.to(model.load_device, dtype), value.to(model.load_device, dtype)))
-        self.log_weights = None if weights is None else weights.log()
+        made = _MADE.setdefault(source, {})
+        acting = [layer for layer, weight in zip(layers, application.layer_weights, strict=True) if weight != 0]
+        if missing := [layer for layer in acting if (layer.index, dtype) not in made]:
+            new = _keys_values(source, missing, dtype)
+            made |= {(layer, dtype): pair for layer, pair in new.items()}
+        elif model.load_device.type != "cpu":
+            comfy.model_management.free_memory(_room(source, acting, dtype), model.load_device)
+
+        def there(layer: CrossAttentionLayer) -> tuple[Tensor, Tensor]:
+            key, value = made[layer.index, dtype]
+            return key.to(model.load_device), value.to(model.load_device)
+
+        self.pairs = [there(layer) if layer in acting else None for layer in layers]
+        weights = source.subject.token_weights
+        self.log_weights = None if weights is None else weights[weights > 0].log()
+
+
+def _keys_values(
+    source: HostSubject, layers: Sequence[CrossAttentionLayer], dtype: torch.dtype
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """layer -> K̈ and V̈ of a subject there, on the CPU: in `dtype`, or in fp32 where they do not fit that.
+
+    Raises NestedAttentionError where they are not finite.
+    """
+    tokens, weights, encoder = source.subject.tokens, source.subject.token_weights, source.encoder
+    if weights is not None:
+        tokens = tokens[:, weights > 0]
+    comfy.model_management.load_models_gpu([encoder.patcher], memory_required=_room(source, layers, dtype))
+    tokens = tokens.to(encoder.patcher.load_device, next(encoder.module.parameters()).dtype)
+
+    def pair(layer: CrossAttentionLayer, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        key, value = encoder.module.keys_values(tokens, layer.index)
+        return key.to(dtype), value.to(dtype)
+
+    made = {layer.index: pair(layer, tokens, dtype) for layer in layers}
+    if broken := _not_finite(made):  # an encoder may leave the range of fp16 that was trained in another type
+        wider = {layer.index: pair(layer, tokens.float(), torch.float32) for layer in layers if layer.index in broken}
+        if _not_finite(wider):
+            raise NestedAttentionError(
+                f"{encoder.name} makes numbers that are not finite in {len(broken)} of {len(layers)} layers. Encode "
+                "the subject anew; if that does not help, the encoder's file is damaged: download it again, or train "
+                "it again."
+            )
+        made |= wider
+    return {layer: (key.cpu(), value.cpu()) for layer, (key, value) in made.items()}
+
+
+def _room(source: HostSubject, layers: Sequence[CrossAttentionLayer], dtype: torch.dtype) -> int:
+    """Bytes that K̈ and V̈ of a subject take."""
+    return 2 * source.subject.tokens.shape[1] * sum(layer.width for layer in layers) * dtype.itemsize
+
+
+def _not_finite(pairs: Mapping[int, tuple[Tensor, Tensor]]) -> set[int]:
+    """The layers whose K̈ or V̈ has infinities or worse. Waits for the device."""
+    if not pairs:
+        return set()
+    finite = torch.stack([t.isfinite().all() for t in itertools.chain(*pairs.values())]).view(-1, 2).all(1)
+    return {layer for layer, ok in zip(pairs, finite.tolist(), strict=True) if not ok}
 
 
 class Store:
@@ -77,9 +124,9 @@ class Store:
         take. So the encoder is none of the model's additional models, which stay as long as the model.
         """
         for i, application in enumerate(self.applications):
-            self._sides.append(_Side(model, layers, application, application.source.subject))
+            self._sides.append(_Side(model, layers, application, application.source))
             if application.unconditional is not None:
-                self._negative[i] = _Side(model, layers, application, application.unconditional.subject)
+                self._negative[i] = _Side(model, layers, application, application.unconditional)
 
     def close(self) -> None:
         """Give back everything."""
@@ -101,17 +148,18 @@ class Store:
         return self._negative.get(i, self._sides[i]) if negative else self._sides[i]
 
     def keys_values(self, i: int, layer: int, like: Tensor, negative: bool) -> tuple[Tensor, Tensor]:
-        """K̈ and V̈ of application i, (1, N, C) each, on the device and in the type of a layer's tensor.
+        """K̈ and V̈ of application i, (1, N, C) each, on the device of a layer's tensor and in its type, or in fp32 where
+        they do not fit fp16.
 
         negative: in a text that is steered away from.
         """
         side = self._side(i, negative)
         pair = side.pairs[layer]
         assert pair is not None
-        if pair[0].device == like.device and pair[0].dtype == like.dtype:
+        dtype = pair[0].dtype if like.dtype == torch.float16 and pair[0].dtype == torch.float32 else like.dtype
+        if pair[0].device == like.device and pair[0].dtype == dtype:
             return pair
-        moved = ("kv", side, layer, like.device, like.dtype)
-        return self.kept(moved, lambda: tuple(t.to(like.device, like.dtype) for t in pair))
+        return self.kept(("kv", side, layer, like.device, dtype), lambda: tuple(t.to(like.device, dtype) for t in pair))
 
     def log_weights(self, i: int, device: torch.device, negative: bool) -> Tensor | None:
         """Logarithms of the multiplicities of application i's tokens, (N,), or None for ones."""
@@ -124,15 +172,20 @@ class Store:
         index: Tensor = self.kept(("places", places, device), partial(torch.tensor, places, device=device))
         return index
 
-    def one_hot(self, places: tuple[int, ...], key: Tensor, width: int) -> Tensor | None:
-        """`one_hot_values` of the places of all subjects of a layer, where they fit a head's width.
+    def one_hot(self, places: tuple[int, ...], key: Tensor, heads: int) -> Tensor | None:
+        """`one_hot_values` of the places of all subjects of a layer, (B, T, C), where they fit a head's width.
 
         key: the layer's text keys (B, T, C).
         """
-        if len(places) > width:
+        rows, tokens, channels = key.shape
+        if len(places) > channels // heads:
             return None
-        made = ("one hot", places, key.shape[1], width, key.dtype, key.device)
-        return self.kept(made, lambda: one_hot_values(self.places(places, key.device), key.shape[1], width, key.dtype))
+
+        def made() -> Tensor:
+            index = self.places(places, key.device)
+            return one_hot_values(index, tokens, heads, channels // heads, key.dtype).repeat(rows, 1, 1)
+
+        return self.kept(("one hot", places, key.shape, heads, key.dtype, key.device), made)
 
     def mask(self, i: int, group: Group, sampled: Sampled, q: Tensor, grid: tuple[int, int]) -> Tensor | None:
         """The mask of application i for a group's rows on a layer's grid, (rows, Q); None where it has none.
@@ -159,18 +212,18 @@ class Store:
         def resized() -> Tensor:
             whole = mask[:, None].float()
             if sampled.window is None:
-                whole = F.interpolate(whole, size=sampled.grid, mode="area")
+                whole = by_area(whole, sampled.grid)
             else:
                 if len(whole) > 1:
                     whole = comfy.utils.repeat_to_batch_size(whole, self.latent[0])
-                whole = F.interpolate(whole, size=self.latent[-2:], mode="area")
+                whole = by_area(whole, self.latent[-2:])
                 axis, indexes = sampled.window.axis, torch.tensor(sampled.window.indexes, device=whole.device)
                 if axis != 0 or len(whole) > 1:
                     whole = whole.index_select(axis, indexes)
             if group.area is not None:
                 h, w, y, x = group.area
                 whole = whole[:, :, y : y + h, x : x + w]
-            small = F.interpolate(whole, size=grid, mode="area").flatten(1)
+            small = by_area(whole, grid).flatten(1)
             return comfy.utils.repeat_to_batch_size(small, sampled.images).to(q.device)
 
         images: Tensor = self.kept(("mask", i, group.area, sampled, grid, q.device), resized)
