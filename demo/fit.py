@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from nested_core.files import whole
+from nested_core.training.precision import fastest
 
 #: loss(generator of this step's choices) -> (loss, what to log)
 Loss = Callable[[random.Random], tuple[Tensor, dict[str, float]]]
@@ -39,8 +40,8 @@ class _Training:
 
     def __init__(self, module: nn.Module, recipe: Recipe, path: Path) -> None:
         self.module, self.path, self.step, self.seconds = module, path, 0, 0.0
-        self.accelerator = Accelerator(mixed_precision="bf16")
-        device = self.accelerator.device
+        device = PartialState().device
+        self.accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(fastest(device), fastest(device)))
         optimizer = torch.optim.AdamW(
             module.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.99)
         )

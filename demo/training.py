@@ -37,6 +37,7 @@ from nested_core.training import (
     TrainingConfig,
     train,
 )
+from nested_core.training.precision import fastest
 
 from . import data, export, models, world
 from .fit import Loss, Recipe, fit
@@ -85,6 +86,10 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         about.write_text(json.dumps(said), "utf-8")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def autocast(self) -> torch.autocast:
+        """Passes without gradients in the type that the machine is fastest with."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=fastest(self.device) != "fp32")
 
     def log(self, line: str) -> None:
         """Prints a line and keeps it in train.log."""
@@ -205,7 +210,7 @@ class Run:
         """The array of a file; where it is not there yet, `make` makes the rows at given places."""
         path = self.folder / name
         if not path.is_file():
-            with whole(path) as part, torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+            with whole(path) as part, torch.no_grad(), self.autocast():
                 made = np.memmap(part, dtype, "w+", shape=shape)
                 for at in _batches(shape[0], 64, f"making {name}"):
                     made[at] = make(at).cpu().numpy()
@@ -460,7 +465,6 @@ class Run:
             output=str(self.folder / name),
             steps=max(2, round(int(match["steps"] or STEPS["encoder"]) * self.scale)),
             batch_size=32,
-            precision="bf16",
             seed=self.seed + int(match["seed"] or 0),
             workers=1,
             save_every=250,
@@ -524,7 +528,7 @@ class Run:
         scheduler.set_timesteps(steps)
         shape = (len(texts), models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with self.autocast():
             text = base.read([*texts, *([""] * len(texts))])
             for time in scheduler.timesteps:
                 out = base.unet(torch.cat([x, x]), time, text).sample.float()

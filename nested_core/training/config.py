@@ -14,7 +14,7 @@ Method = Literal["nested", "decoupled"]
 Features = Literal["penultimate", "last"]
 LayerInit = Literal["auto", "file", "unet", "random", "zero"]
 Schedule = Literal["constant", "cosine", "linear"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 CacheKind = Literal["none", "memory", "disk"]
 
 
@@ -286,7 +286,8 @@ class TrainingConfig:
         steps: optimiser steps.
         batch_size: examples per process and pass.
         accumulation: passes per optimiser step.
-        precision: of the passes: fp32, bf16 or fp16, by autocast; trained weights stay fp32.
+        precision: of the passes: fp32, bf16 or fp16, by autocast; trained weights stay fp32. "auto": what the machine
+            is fastest with; on a CPU it measures that. A run that goes on keeps what it began with.
         gradient_checkpointing: recompute the U-Net's blocks in the backward pass: less memory, a third more time.
         seed: of everything random. Two runs of one config are equal, and a resumed run is equal to one without a stop.
         workers: processes that read data; 0: the training process itself.
@@ -312,7 +313,7 @@ class TrainingConfig:
     steps: int = 100_000
     batch_size: int = 1
     accumulation: int = 1
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
     workers: int = 2

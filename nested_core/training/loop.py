@@ -36,6 +36,7 @@ from .initial import make_encoder
 from .journal import Callback, Journal
 from .model import SubjectDenoiser
 from .objective import denoising_loss, make_optimiser
+from .precision import settled
 from .samples import write_samples
 
 log = logging.getLogger(__name__)
@@ -140,8 +141,9 @@ def train(
 
     Raises NestedAttentionError for whatever does not fit, before the first step where possible.
     """
+    resume = checkpoints.to_resume(config)
+    config = settled(config, resume)
     with accelerated(config) as accelerator:
-        resume = checkpoints.to_resume(config)
         run = prepare(config, accelerator, base, data)
         if config.gradient_checkpointing:
             run.base.unet.enable_gradient_checkpointing()

@@ -17,6 +17,7 @@ from .checkpoints import to_resume
 from .config import TrainingConfig
 from .data import SubjectData
 from .loop import Run, accelerated, prepare
+from .precision import settled
 from .samples import show_batch
 
 
@@ -25,8 +26,9 @@ def dry_run(config: TrainingConfig, base: BaseModel | None = None, data: Any | N
 
     Raises NestedAttentionError as `train`.
     """
+    resume = to_resume(config)
+    config = settled(config, resume)
     with accelerated(config) as accelerator:
-        resume = to_resume(config)
         run = prepare(config, accelerator, base, data)
         batch = run.collate([run.draws[position] for position in range(config.batch_size)])
         costs = unet_costs(run)

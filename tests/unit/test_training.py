@@ -55,6 +55,7 @@ from nested_core.training import (
     VisionTower,
     load_trained,
     loop,
+    precision,
     train,
 )
 from nested_core.training.__main__ import main, make_parser
@@ -598,3 +599,26 @@ def test_a_vision_tower_is_shown_pictures_as_it_was_trained_on_them(tmp_path: Pa
     loaded = load_vision(str(tmp_path))
     assert loaded.mean.flatten().tolist() == pytest.approx([0.5] * 3 if said else list(OPENAI_CLIP_MEAN))
     assert loaded.std.flatten().tolist() == pytest.approx([0.25] * 3 if said else list(OPENAI_CLIP_STD))
+
+
+@pytest.mark.parametrize("faster, expected", [(torch.bfloat16, "bf16"), (torch.float32, "fp32")])
+def test_precision_is_what_the_machine_is_fastest_with(small, tmp_path, monkeypatch, faster, expected):
+    """And a run that goes on, on another machine, keeps what it began with."""
+
+    def on_a_machine_fast_with(dtype):
+        monkeypatch.setattr(precision, "_seconds", lambda measured: 1.0 if measured == dtype else 8.0)
+
+    def said():
+        return json.loads((tmp_path / "config.json").read_text("utf-8"))["precision"]
+
+    on_a_machine_fast_with(faster)
+    train(config(tmp_path, precision="auto", steps=1, save_every=1), small, Pictures())
+    assert said() == expected
+    on_a_machine_fast_with({torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[faster])
+    train(config(tmp_path, precision="auto", steps=2, save_every=1), small, Pictures())
+    assert said() == expected
+
+
+def test_both_types_are_measured():
+    assert 0 < precision._seconds(torch.float32) < 60 and 0 < precision._seconds(torch.bfloat16) < 60
+    assert precision.fastest(torch.device("cpu")) in ("bf16", "fp32")
