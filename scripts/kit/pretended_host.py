@@ -90,6 +90,11 @@ class PretendedHost:
         return sampler.calls
 
 
+def _much(device: Any = None, torch_free_too: bool = False) -> Any:
+    """The host's `get_free_memory`: bytes, or those and how many of them PyTorch holds."""
+    return (2**40, 0) if torch_free_too else 2**40
+
+
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
     """Everything is on the GPU already, which has room for everything; attention is what the host has for CUDA."""
@@ -97,7 +102,7 @@ def _as_on_a_gpu() -> Iterator[None]:
         mock.patch.object(attention, "optimized_attention", attention.attention_pytorch),
         mock.patch.object(attention, "optimized_attention_masked", attention.attention_pytorch),
         mock.patch.object(comfy.model_management, "load_models_gpu", lambda *_, **__: None),
-        mock.patch.object(comfy.model_management, "get_free_memory", lambda *_, **__: 2**40),
+        mock.patch.object(comfy.model_management, "get_free_memory", _much),
         mock.patch.object(torch.cuda, "current_device", lambda: GPU.index),
         mock.patch.object(torch.cuda, "set_device", lambda _: None),
     ):
