@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -9,8 +10,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import comfy.model_management
 import skimage.data
@@ -58,7 +61,7 @@ def measure(version: str, quick: bool, rounds: int | None, sizes: list[tuple[int
         bench = Bench(made, rounds, dtype)
         for size in sizes:
             tables.append(bench.table(size))
-        tables += [bench.marks(), bench.waits(sizes[0])]
+        tables += [bench.shares(sizes[0]), bench.marks(), bench.waits(sizes[0])]
         del made, bench
         gc.collect()
     return {"machine": _machine(version), "device": "cuda" if cuda else "cpu", "tables": tables}
@@ -334,6 +337,36 @@ class Bench:
         title = f"{name} ({kind}, {dtype}, CFG), {size[0]} x {size[1]}: peak of the plain model "
         return {"title": title + f"{peaks['plain'] / 2**20:.0f} MiB", "head": head, "rows": rows}
 
+    def shares(self, size: tuple[int, int]) -> dict[str, Any]:
+        """Where the time goes that a subject of 1024 tokens adds to a step: of our own functions, step by step."""
+        plain, *others = self.conditions()
+        (one,) = (c for c in others if c.name == f"1 subject, {max(TOKENS)} tokens")
+        attention, layer = self.studio.pack.attention, self.studio.pack.layer
+        timed = {
+            "nested attention (equation 1)": (attention, "_nested"),
+            "probability of the word": (layer, "outer_probabilities"),
+            "all that is added in layers": (layer.SubjectLayer, "_add"),
+            "marks taken off texts": (layer.TextReader, "__call__"),
+        }
+        spent: dict[str, float] = dict.fromkeys(timed, 0.0)
+        steps = 3 * self.rounds
+        alone = statistics.median(self._sample(plain, size, steps + 1)[1:])
+        with ExitStack() as stack:
+            for name, (owner, function) in timed.items():
+                stack.enter_context(mock.patch.object(owner, function, _timed(getattr(owner, function), spent, name)))
+            self._sample(one, size, 1)
+            spent.update(dict.fromkeys(timed, 0.0))
+            self._sample(one, size, steps)
+        whole = "all that is added in layers"
+        inside = list(timed)[:2]
+        spent["norms, factors and sums"] = spent[whole] - sum(spent[name] for name in inside)
+        rows = [
+            [name, f"{spent[name] / steps * 1e3:.1f} ms", f"{spent[name] / steps / alone:.1%}"]
+            for name in (*inside, "norms, factors and sums", whole, "marks taken off texts")
+        ]
+        title = f"Where a subject of {max(TOKENS)} tokens spends its time, {size[0]} x {size[1]}"
+        return {"title": title, "head": ["", "a step", "of the plain step"], "rows": rows}
+
     def marks(self) -> dict[str, Any]:
         """Knowing which rows of a batch are whose, once a step: the texts of the prompts made one, cast, read."""
         text, rows_of = self.studio.pack.text, self.studio.pack.text.rows_of
@@ -387,6 +420,22 @@ class Bench:
             "head": ["tokens", "the vision tower alone", "Encode Subject"],
             "rows": rows,
         }
+
+
+def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
+    """A function that adds the seconds it takes to what is `spent` under a name."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        _sync()
+        begun = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _sync()
+            spent[name] += time.perf_counter() - begun
+
+    return run
 
 
 # --- docs -------------------------------------------------------------------------------------------------------------
