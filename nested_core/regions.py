@@ -59,13 +59,14 @@ def memberships(attention: Tensor) -> Tensor:
     return ((relative - low) / (high - low)).clamp(0, 1) * share
 
 
-def separating_bias(members: Tensor, strength: float) -> Tensor:
+def separating_bias(members: Tensor, strength: float, queries: slice = slice(None)) -> Tensor:
     """Equations (3) and (4): memberships (B, S, Q), σ from 0 to 1 -> what to add to the logits, (B, Q, Q).
 
-    Where σ = 1 and both places belong wholly to different subjects, that is -inf; never on the diagonal of whole
-    memberships, so that something is left to look at.
+    queries: only these rows of it. Where σ = 1 and both places belong wholly to different subjects, that is -inf; never
+    on the diagonal of whole memberships, so that something is left to look at.
     """
     anyone = members.sum(1, keepdim=True)
+    own, whole = members[..., queries], anyone[..., queries]
     # In place: these are the largest tensors of a step.
-    other = torch.bmm(-members.transpose(1, 2), members).baddbmm_(anyone.transpose(1, 2), anyone)
+    other = torch.bmm(-own.transpose(1, 2), members).baddbmm_(whole.transpose(1, 2), anyone)
     return other.clamp_(0, 1).mul_(-strength).log1p_()

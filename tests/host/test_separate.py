@@ -150,3 +150,16 @@ def test_other_self_attention_replacements_stay(node, sd15, pair, separate, bias
     picture = sd15.sample(theirs, positive, negative, size=(16, 16), steps=2)
     assert picture.isfinite().all()
     assert len(biases) % 15 == 0 and biases
+
+
+def test_the_bias_of_large_pictures_is_made_in_parts(pack, pair, sd15, separate, biases, monkeypatch):
+    """A whole one has 1 GiB per picture at 2048 x 2048."""
+    model, _, positive, negative = pair
+    model = separate(model)
+    whole = sd15.sample(model, positive, negative, steps=2, size=(16, 16), batch=2)
+    assert max(mask.shape[1] for mask in biases) == 16 * 16
+    biases.clear()
+    monkeypatch.setattr(pack.apart, "_LIMIT", 2**18)
+    parts = sd15.sample(model, positive, negative, steps=2, size=(16, 16), batch=2)
+    assert max(mask.numel() for mask in biases) * 4 <= 2**18
+    assert (parts - whole).norm() < 1e-4 * whole.norm()

@@ -72,6 +72,13 @@ def test_whole_subjects_do_not_see_each_other_and_the_background_sees_all(attent
     assert out.isfinite().all()
 
 
+def test_some_rows_of_the_bias_are_those_of_the_whole(device):
+    members = memberships(torch.rand(2, 3, 40, generator=torch.Generator().manual_seed(1))).to(device)
+    whole = separating_bias(members, 0.7)
+    for rows in (slice(0, 7), slice(7, 40), slice(39, 60)):
+        torch.testing.assert_close(separating_bias(members, 0.7, rows), whole[:, rows])
+
+
 @pytest.mark.parametrize(
     "before, after", [((64, 64), (16, 16)), ((100, 37), (13, 9)), ((8, 8), (8, 8)), ((5, 7), (8, 12))]
 )

@@ -6,7 +6,7 @@ at, averaged over the layers of the steps before. So the first step is the plain
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...attention import Attend
 from ...errors import NestedAttentionError
 from ...regions import by_area, memberships, separating_bias
 from .attend import as_the_host
 from .rows import Group
 from .store import Store
 
+#: Bytes of a bias, (rows, queries, Q) in fp32. A whole one has 1 GiB per picture at 2048 x 2048.
+_LIMIT = 64 * 2**20
 #: How much of what is known of the regions a step leaves as it was.
 _MEMORY = 0.5
 
@@ -68,15 +71,14 @@ class Regions:
         self.sums.clear()
         self.counts.clear()
 
-    def bias(
-        self, subjects: Sequence[int], strength: float, shape: tuple[int, int], area: Sequence[int] | None,
-        device: torch.device,
-    ) -> Tensor:  # fmt: skip
-        """What to add to the logits of self-attention on a grid of `shape`: (images, Q, Q), on `device`."""
+    def members(
+        self, subjects: Sequence[int], shape: tuple[int, int], area: Sequence[int] | None, device: torch.device
+    ) -> Tensor:
+        """How far each place of a grid of `shape` belongs to each subject, (images, S, Q), on `device`."""
         h, w, y, x = (*self.grid, 0, 0) if area is None else area
         maps = torch.cat([self.known[i] for i in subjects], 1)[:, :, y : y + h, x : x + w].to(device)
         part = by_area(maps, shape) if h > shape[0] else F.interpolate(maps, size=shape, mode="bilinear")
-        return separating_bias(memberships(part.flatten(2)), strength)
+        return memberships(part.flatten(2))
 
 
 def cannot_separate(what: str) -> NestedAttentionError:
@@ -101,18 +103,33 @@ class BoundedSelfAttention:
         self.called = False
         self._made: dict[Any, Tensor] = {}
 
-    def _bias(self, q: Tensor, shape: tuple[int, int], area: Sequence[int] | None) -> Tensor:
-        """(images, Q, Q), made once a call; once a run where all regions are masks."""
-
-        def make() -> Tensor:
-            return self.regions.bias(self.subjects, self.strength, shape, area, q.device).to(q.dtype)
-
-        key = ("apart", self.subjects, shape, area, q.device, q.dtype)
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        """What is made once a call; once a run where all regions are masks."""
         if self.regions.fixed.issuperset(self.subjects):
-            return self.store.kept(key, make)
+            return self.store.kept(("apart", *key), make)
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    def _bounded(self, group: Group, shape: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, heads: int,
+                 attend: Attend) -> Tensor:  # fmt: skip
+        """A group's self-attention, (rows, Q, C). The bias is never larger than `_LIMIT`: the queries take turns."""
+        key = (self.subjects, shape, group.area, q.device)
+        members = self._kept(key, lambda: self.regions.members(self.subjects, shape, group.area, q.device))
+        members = members[group.image or 0 :][: len(q)]
+        count = q.shape[1]
+        at_once = max(1, _LIMIT // (len(q) * count * torch.float32.itemsize))
+        if at_once >= count:
+            bias = self._kept(
+                (*key, q.dtype, group.image, len(q)), lambda: separating_bias(members, self.strength).to(q.dtype)
+            )
+            return attend(q, k, v, heads, bias)
+        parts = []
+        for start in range(0, count, at_once):
+            some = slice(start, start + at_once)
+            bias = separating_bias(members, self.strength, some).to(q.dtype)
+            parts.append(attend(q[:, some], k, v, heads, bias))
+        return torch.cat(parts, 1)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         self.called = True
@@ -121,7 +138,6 @@ class BoundedSelfAttention:
             raise cannot_separate("changes what self-attention sees (HyperTile and token merging do)")
         heads, parts, attend = extra_options["n_heads"], [], as_the_host(extra_options, beside=True)
         for group in self.groups:
-            at, image = group.rows, group.image or 0
-            bias = self._bias(q, (height, width), group.area)[image : image + group.stop - group.start]
-            parts.append(attend(q[at], k[at], v[at], heads, bias))
+            at = group.rows
+            parts.append(self._bounded(group, (height, width), q[at], k[at], v[at], heads, attend))
         return torch.cat(parts)
