@@ -201,6 +201,15 @@ def _scaled(value_norm: ValueNorm, share: Tensor, replaced: Tensor) -> Tensor:
     return share * target.transpose(1, 2)[:, None]
 
 
+def _scaled_of_each(terms: Sequence[NestedTerm], share: Tensor, replaced: Tensor) -> Sequence[Tensor]:
+    """`_scaled` for each subject's own places; of all at once where they measure the same."""
+    counts = [term.places.shape[-1] for term in terms]
+    if len({term.value_norm for term in terms}) == 1:
+        return _scaled(terms[0].value_norm, share, replaced).split(counts, dim=-1)
+    parts = zip(terms, share.split(counts, dim=-1), replaced.split(counts, dim=1), strict=True)
+    return [_scaled(term.value_norm, part, before) for term, part, before in parts]
+
+
 def _rescaled(term: NestedTerm, scaled: Tensor, nested: Tensor) -> tuple[Tensor, Tensor, float]:
     """Equation (4), summed over the places: the product of what comes back is what is added.
 
@@ -350,11 +359,7 @@ def nested_delta(
             by_head.addcmul_(_fitting(replaced[:, p, None], summed), louder[..., p, None])
         prob = raised
     shares, values = prob.split(counts, dim=-1), replaced.split(counts, dim=1)
-    norms = {term.value_norm for term in terms}
-    if len(norms) == 1:  # of all subjects at once
-        scaled = _scaled(norms.pop(), prob, replaced).split(counts, dim=-1)
-    else:
-        scaled = tuple(_scaled(t.value_norm, *of) for t, *of in zip(terms, shares, values, strict=True))
+    scaled = _scaled_of_each(terms, prob, replaced)
     for term, at, share, rescaled, before in zip(terms, factors, shares, scaled, values, strict=True):
         if at is not None:
             share, rescaled = share * at, rescaled * at
