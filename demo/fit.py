@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nested_core.files import whole
-from nested_core.training.precision import fastest
+from nested_core.training.precision import fastest, mixed
 
 #: loss(generator of this step's choices) -> (loss, what to log)
 Loss = Callable[[random.Random], tuple[Tensor, dict[str, float]]]
@@ -41,7 +41,7 @@ class _Training:
     def __init__(self, module: nn.Module, recipe: Recipe, path: Path) -> None:
         self.module, self.path, self.step, self.seconds = module, path, 0, 0.0
         device = PartialState().device
-        self.accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(fastest(device), fastest(device)))
+        self.accelerator = Accelerator(mixed_precision=mixed(fastest(device)))
         optimizer = torch.optim.AdamW(
             module.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.99)
         )

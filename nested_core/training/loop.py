@@ -36,7 +36,7 @@ from .initial import make_encoder
 from .journal import Callback, Journal
 from .model import SubjectDenoiser
 from .objective import denoising_loss, make_optimiser
-from .precision import settled
+from .precision import mixed, settled
 from .samples import write_samples
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def accelerated(config: TrainingConfig) -> Iterator[Accelerator]:
     """accelerate, set up for this config; several runs in one process may differ in precision."""
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator(
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        mixed_precision=mixed(config.precision),
         gradient_accumulation_steps=config.accumulation,
         cpu=config.cpu,
         log_with=None if config.tracker == "none" else config.tracker,

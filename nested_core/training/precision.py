@@ -42,6 +42,11 @@ def fastest(device: torch.device) -> Precision:
     return "fp32"
 
 
+def mixed(precision: Precision) -> str:
+    """A precision as accelerate calls it."""
+    return "no" if precision == "fp32" else precision
+
+
 @functools.cache
 def _seconds(dtype: torch.dtype) -> float:
     """Of a convolution and a product of matrices, forward and backward, on the CPU: the fastest of five.

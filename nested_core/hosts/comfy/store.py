@@ -50,7 +50,8 @@ class _Side:
             key, value = made[layer.index, dtype]
             return key.to(model.load_device), value.to(model.load_device)
 
-        self.pairs = [there(layer) if layer in acting else None for layer in layers]
+        weights_of = zip(layers, application.layer_weights, strict=True)
+        self.pairs = [there(layer) if weight != 0 else None for layer, weight in weights_of]
         weights = source.subject.token_weights
         self.log_weights = None if weights is None else weights[weights > 0].log()
 
