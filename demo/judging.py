@@ -14,17 +14,17 @@ from . import data, models, world
 
 def answers_of(entries: Sequence[data.Entry]) -> Tensor:
     """Right answers to models.SCORED, (N, questions); -1 where there is none."""
-    rows = [models.labels(entry.figures, entry.scene, entry.style) for entry in entries]
+    rows = [models.labels(entry) for entry in entries]
     return torch.tensor([[row[name] for name in models.SCORED] for row in rows])
 
 
-def identities_of(shown: data.Pictures) -> Tensor:
-    """Right answers to models.IDENTITY for portraits, (N, questions)."""
+def portrayed(entries: Sequence[data.Entry], which: Sequence[int]) -> Tensor:
+    """Right answers to models.PORTRAIT for one figure of each picture, (N, questions)."""
     rows = []
-    for entry in shown.entries:
-        figure = entry.figures[0]
-        values = [options.index(getattr(figure, name)) for name, options in world.ATTRIBUTES.items()]
-        rows.append([world.KINDS.index(figure.kind), *values])
+    for entry, i in zip(entries, which, strict=True):
+        shown = {**vars(entry.figures[i]), **vars(entry.looks[i])}
+        values = [options.index(shown[name]) for name, options in models.OF_FIGURE.items()]
+        rows.append([world.KINDS.index(entry.figures[i].kind), *values])
     return torch.tensor(rows)
 
 
@@ -45,13 +45,20 @@ def share_right(logits: Tensor, answers: Tensor) -> float:
 
 @torch.no_grad()
 def judge(probe: models.Probe, pictures: Tensor, entries: list[data.Entry]) -> dict[str, float]:
-    """What the probe finds right in pictures (B, 3, H, W) uint8: class, scene, style, and attributes."""
+    """What the probe finds right in pictures (B, 3, H, W) uint8: class, scene, style, identity, and each axis of looks.
+
+    Also "identity.<attribute>" for each attribute.
+    """
     out = probe(models.normalise(pictures.permute(0, 2, 3, 1)))
     answers = answers_of(entries)
     rights = {name: share_right(out[name], answers[:, i]) for i, name in enumerate(models.SCORED)}
-    attributes = {n: float(np.mean([rights[f"{kind}.{n}"] for kind in world.KINDS])) for n in world.ATTRIBUTES}
-    present = sum(rights[f"{kind}.present"] for kind in world.KINDS) / 2
+
+    def of_kinds(name: str) -> float:
+        return float(np.nanmean([rights[f"{kind}.{name}"] for kind in world.KINDS]))
+
+    attributes = {f"identity.{name}": of_kinds(name) for name in world.ATTRIBUTES}
     return {
-        "class": present, "scene": rights["scene"], "style": rights["style"],
+        "class": of_kinds("present"), "scene": rights["scene"], "style": rights["style"],
+        **{name: of_kinds(name) for name in world.LOOKS},
         "identity": float(np.mean([*attributes.values()])), **attributes,
     }  # fmt: skip

@@ -1,14 +1,15 @@
 """The small world's models: classes of diffusers and transformers that ComfyUI has counterparts of, made small.
 
 text encoder   CLIPTextModel, 2 layers of 128, with a CLIP tokenizer whose vocabulary is the world's words
-codec          AutoencoderTiny (TAESD), 8 x 8 pixels to 16 channels
+codec          AutoencoderTiny (TAESD), 8 x 8 pixels to 32 channels
 U-Net          UNet2DConditionModel with 7 cross-attention layers, predicting v
-vision tower   CLIPVisionModelWithProjection, 4 layers of 128, 64 px in patches of 8
+vision tower   CLIPVisionModelWithProjection, 4 layers of 128, 96 px in patches of 8
 probe          a small residual network that only scores pictures; no other model sees it
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from safetensors.torch import load_file
@@ -31,13 +33,13 @@ from transformers import (
 from nested_core.encoder import EncoderConfig
 from nested_core.training import BaseModel, EncoderSettings, VisionTower
 
-from . import FAMILY, world
+from . import FAMILY, data, drawing, world
 
-LATENT_CHANNELS = 16
-LATENT_SIZE = world.SIZE // 8
+LATENT_CHANNELS = 32
+LATENT_SIZE = drawing.SIZE // 8
 CONTEXT_DIM = 128
 TEXT_LENGTH = 77
-VISION_SIZE = 64
+VISION_SIZE = 96
 VISION_MEAN, VISION_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
@@ -77,6 +79,7 @@ def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
     return pieces
 
 
+@functools.cache
 def tokenizer() -> CLIPTokenizer:
     """The world's tokenizer, from the files beside this one."""
     folder = Path(__file__).parent / "tokenizer"
@@ -111,7 +114,7 @@ def start_codec(codec: Any, patches: Tensor) -> None:
     """Starts a codec as the best linear one, from 8 x 8 patches (N, 3, 8, 8) of pictures in [0, 1].
 
     The encoder's strided convolutions take pixels apart (space to depth), the last of them projects on the patches'
-    16 principal components; the decoder begins with each patch's mean colour. Residual blocks begin as identities. All
+    principal components; the decoder begins with each patch's mean colour. Residual blocks begin as identities. All
     other channels keep their random weights. From here training is about detail, not about finding colours.
     """
     encoder, decoder = codec.encoder.layers, codec.decoder.layers
@@ -149,14 +152,15 @@ def start_codec(codec: Any, patches: Tensor) -> None:
     latents = (flat @ basis.T) * factor + leave.bias
     means = patches.mean((2, 3))
     known = torch.cat([latents, torch.ones(n, 1)], 1)
-    colour = torch.linalg.lstsq(known, means).solution  # (17, 3)
+    colour = torch.linalg.lstsq(known, means).solution  # (C + 1, 3)
     enter, *middle, leave = [layer for layer in decoder if isinstance(layer, nn.Conv2d)]
     assert enter.bias is not None
-    kept = 3 + 2 * LATENT_CHANNELS
+    signed = (enter.out_channels - 8) // 2  # the first components; some channels are left to learn
+    kept = 3 + 2 * signed
     enter.weight[:kept], enter.bias[:kept] = 0, 0
     enter.weight[:3, :, 1, 1], enter.bias[:3] = colour[:-1].T, colour[-1]
-    for m in range(LATENT_CHANNELS):
-        enter.weight[3 + m, m, 1, 1], enter.weight[3 + LATENT_CHANNELS + m, m, 1, 1] = 1, -1
+    for m in range(signed):
+        enter.weight[3 + m, m, 1, 1], enter.weight[3 + signed + m, m, 1, 1] = 1, -1
     for conv in middle:
         _pass(conv, kept)
     leave.weight.mul_(0.1)
@@ -202,9 +206,10 @@ def vision_tower() -> CLIPVisionModelWithProjection:
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
 
+OF_FIGURE: dict[str, tuple[str, ...]] = {**world.ATTRIBUTES, **world.LOOKS}
 SCORED: dict[str, int] = {
     **{f"{kind}.present": 2 for kind in world.KINDS},
-    **{f"{kind}.{name}": len(values) for kind in world.KINDS for name, values in world.ATTRIBUTES.items()},
+    **{f"{kind}.{name}": len(values) for kind in world.KINDS for name, values in OF_FIGURE.items()},
     "scene": len(world.SCENES),
     "style": len(world.STYLES),
 }
@@ -243,29 +248,36 @@ class Probe(nn.Module):
         return {name: self.heads[name.replace(".", "_")](seen[:, i]) for i, name in enumerate(SCORED)}
 
 
-IDENTITY: dict[str, int] = {"kind": 2, **{name: len(values) for name, values in world.ATTRIBUTES.items()}}
-"""What the vision tower is trained to tell of a portrait, and among how many choices."""
+PORTRAIT: dict[str, int] = {"kind": 2, **{name: len(values) for name, values in OF_FIGURE.items()}}
+"""What can be told of a portrait, and among how many choices."""
 
 
-class Reader(nn.Module):
-    """Heads that train the vision tower: what it tells from its embedding, and from its patches, part by part."""
+class Matching(nn.Module):
+    """Trains a vision tower as CLIP's are: pictures are to match the texts that are true of them, and no others.
 
-    def __init__(self) -> None:
+    A text is a phrase of `world.all_facts`. Each is matched with the picture's embedding and, so that no detail is lost
+    on the way, with the patches that it looks at. The loss is SigLIP's, a yes or no for every pair.
+    """
+
+    def __init__(self, tower: CLIPVisionModelWithProjection) -> None:
         super().__init__()
         config = vision_config()
-        self.whole = nn.ModuleDict({name: nn.Linear(config.projection_dim, n) for name, n in IDENTITY.items()})
+        self.tower, self.text = tower, CLIPTextModel(text_config())
+        self.tokens = tokenizer()(world.all_facts(), padding=True, return_tensors="pt").input_ids
+        self.whole = nn.Linear(CONTEXT_DIM, config.projection_dim)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.look = nn.Linear(config.hidden_size, len(IDENTITY))
-        self.parts = nn.ModuleDict({name: nn.Linear(config.hidden_size, n) for name, n in IDENTITY.items()})
+        self.query, self.value = (nn.Linear(CONTEXT_DIM, config.hidden_size) for _ in range(2))
+        self.scale, self.bias = nn.Parameter(torch.full((2,), 2.0)), nn.Parameter(torch.full((2,), -3.0))
 
-    def forward(self, embedding: Tensor, tokens: Tensor) -> list[dict[str, Tensor]]:
-        """embedding (B, 64), tokens (B, 65, 128) -> logits from the one and from the other, {name: (B, choices)}."""
-        tokens = self.norm(tokens)
-        seen = self.look(tokens).float().softmax(1).to(tokens.dtype).transpose(1, 2) @ tokens
-        return [
-            {name: head(embedding) for name, head in self.whole.items()},
-            {name: head(seen[:, i]) for i, (name, head) in enumerate(self.parts.items())},
-        ]
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """pixels (B, 3, H, W) -> logits of all facts by embedding and by patches, (B, facts) each."""
+        seen = self.tower(pixels, output_hidden_states=True)
+        said = self.text(self.tokens.to(pixels.device)).pooler_output
+        whole = F.normalize(seen.image_embeds, dim=-1) @ F.normalize(self.whole(said), dim=-1).T
+        patches = self.norm(seen.hidden_states[-2])
+        looks = (self.query(said) @ patches.transpose(1, 2) / patches.shape[-1] ** 0.5).softmax(-1)  # (B, facts, N)
+        found = F.cosine_similarity(looks @ patches, self.value(said), dim=-1)
+        return [cos * self.scale[i].exp() + self.bias[i] for i, cos in enumerate((whole, found))]
 
 
 class TokenReader(nn.Module):
@@ -273,8 +285,8 @@ class TokenReader(nn.Module):
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
-        self.look = nn.Parameter(torch.zeros(len(IDENTITY), tokens))
-        self.heads = nn.ModuleDict({name: nn.Linear(CONTEXT_DIM, n) for name, n in IDENTITY.items()})
+        self.look = nn.Parameter(torch.zeros(len(PORTRAIT), tokens))
+        self.heads = nn.ModuleDict({name: nn.Linear(CONTEXT_DIM, n) for name, n in PORTRAIT.items()})
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         seen = self.look.softmax(1).to(tokens.dtype) @ tokens
@@ -325,14 +337,16 @@ def load_probe(path: Path) -> Probe:
     return probe.float().eval().requires_grad_(False)
 
 
-def labels(figures: list[world.Figure], scene: str, style: str) -> dict[str, int]:
+def labels(entry: data.Entry) -> dict[str, int]:
     """The right answers to SCORED for a picture; -1 where the question makes no sense (an absent figure)."""
-    answers = {"scene": world.SCENES.index(scene), "style": world.STYLES.index(style)}
+    answers = {"scene": world.SCENES.index(entry.scene), "style": world.STYLES.index(entry.style)}
+    shown = {
+        figure.kind: {**vars(figure), **vars(look)} for figure, look in zip(entry.figures, entry.looks, strict=True)
+    }
     for kind in world.KINDS:
-        figure = next((f for f in figures if f.kind == kind), None)
-        answers[f"{kind}.present"] = int(figure is not None)
-        for name, values in world.ATTRIBUTES.items():
-            answers[f"{kind}.{name}"] = values.index(getattr(figure, name)) if figure else -1
+        answers[f"{kind}.present"] = int(kind in shown)
+        for name, values in OF_FIGURE.items():
+            answers[f"{kind}.{name}"] = values.index(shown[kind][name]) if kind in shown else -1
     return answers
 
 

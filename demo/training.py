@@ -39,26 +39,27 @@ from nested_core.training import (
 )
 from nested_core.training.precision import fastest
 
-from . import data, export, models, world
+from . import data, drawing, export, models, world
 from .fit import Loss, Recipe, fit
-from .judging import answers_of, identities_of, judge, score, share_right
-from .lessons import PART_WEIGHT, Examples, at_night, caption, edges, roughen, weights
+from .judging import answers_of, judge, portrayed, score, share_right
+from .lessons import PART_WEIGHT, Examples, at_night, caption, cropped, described, edges, roughen, weights
+from .listening import WEIGHT as LISTENING_WEIGHT
+from .listening import Listening, asked_of
 from .shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, PROBE, VISION, WEIGHTS
 
 HERE = Path(__file__).resolve().parent
-PORTRAITS = 24_000
 ENCODERS: dict[str, dict[str, Any]] = {
     "nested": {},
     "one_value": {"tokens": 1},
     "decoupled": {"method": "decoupled", "value_norm": "none", "alpha": 1.0, "learn_alpha": False},
 }
 ENCODER_NAME = re.compile(
-    rf"(?P<method>{'|'.join(ENCODERS)})(_(?P<tokens>\d+)_tokens)?(_(?P<norm>{'|'.join(VALUE_NORMS)})_norm)?"
+    rf"(?P<method>{'|'.join(ENCODERS)})(?P<pairs>_pairs)?(_(?P<tokens>\d+)_tokens)?(_(?P<norm>{'|'.join(VALUE_NORMS)})_norm)?"
     r"(_alpha(?P<alpha>\d+))?(_(?P<features>last))?(_(?P<steps>\d+)_steps)?(_seed(?P<seed>\d+))?"
 )
 SHIPPED = ("codec", "vision", "probe", "base")
 STEPS = {
-    "codec": 1400, "vision": 2000, "qformer": 1000, "probe": 2200, "base": 10000, "encoder": 1500, "controlnet": 1000,
+    "codec": 3000, "vision": 2000, "qformer": 600, "probe": 2200, "base": 16000, "encoder": 1000, "controlnet": 1000,
     "lora": 400,
 }  # fmt: skip
 
@@ -127,14 +128,14 @@ class Run:
         """Pictures of held-out figures."""
         return data.pictures(self.folder, "unseen", self.count(1000), self.seed + 1, held_out=True)
 
-    def portraits(self) -> data.Pictures:
-        """Single figures, large, of the size that the vision tower sees."""
-        return data.pictures(self.folder, "portraits", self.count(PORTRAITS), self.seed + 2, portrait=True,
-                             size=models.VISION_SIZE)  # fmt: skip
-
-    def unseen_portraits(self) -> data.Pictures:
-        return data.pictures(self.folder, "unseen_portraits", self.count(1000), self.seed + 3, portrait=True,
-                             held_out=True, size=models.VISION_SIZE)  # fmt: skip
+    def portraits(self, shown: data.Pictures, chosen: list[int], rng: random.Random) -> tuple[Tensor, Tensor]:
+        """One figure each of chosen pictures, as the vision tower sees it (B, 3, 96, 96), and which one it is (B,)."""
+        which = [rng.randrange(len(shown.entries[i].figures)) for i in chosen]
+        squares = [
+            cropped(shown.pixels[i], shown.regions[i], figure, rng.uniform(0.02, 0.14))
+            for i, figure in zip(chosen, which, strict=True)
+        ]
+        return models.normalise(torch.from_numpy(np.stack(squares))).to(self.device), torch.tensor(which)
 
     def pixels(self, pictures: np.ndarray, chosen: list[int]) -> Tensor:
         """Chosen ones of uint8 (N, H, W, 3) as (B, 3, H, W) in [-1, 1]."""
@@ -151,7 +152,7 @@ class Run:
             return self.shipped_parts[2]
         torch.manual_seed(self.seed)
         codec, shown, unseen = models.codec(), self.pictures(), self.unseen()
-        crop, size = 64, world.SIZE
+        crop, size = 64, drawing.SIZE
         first = self.pixels(shown.pixels, list(range(min(200, len(shown))))).cpu() / 2 + 0.5
         patches = first.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 8, 8)
         models.start_codec(codec, patches[torch.randperm(len(patches))[:20_000]])
@@ -184,7 +185,7 @@ class Run:
         return codec
 
     def latents(self) -> np.ndarray:
-        """Scaled latents of `pictures`, (N, 16, 16, 16) float16, encoded once."""
+        """Scaled latents of `pictures`, (N, 32, 16, 16) float16, encoded once."""
         shown, codec = self.pictures(), self.codec()
         shape = (len(shown), models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
 
@@ -197,7 +198,7 @@ class Run:
         """The first pictures as they come out of the codec, uint8 (N, 128, 128, 3): what the probe will be shown."""
         latents, codec = self.latents(), self.codec()
         count = min(self.count(count), len(latents))
-        shape = (count, world.SIZE, world.SIZE, 3)
+        shape = (count, drawing.SIZE, drawing.SIZE, 3)
 
         def decode(at: list[int]) -> Tensor:
             return self.decode(codec, torch.from_numpy(latents[at])).permute(0, 2, 3, 1)
@@ -218,7 +219,7 @@ class Run:
         return np.memmap(path, dtype, "r", shape=shape)
 
     def decode(self, codec: torch.nn.Module, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 16, h, w) -> uint8 pictures (B, 3, 8h, 8w)."""
+        """Scaled latents (B, 32, h, w) -> uint8 pictures (B, 3, 8h, 8w)."""
         out = codec.decode(latents.float().to(self.device) / codec.config.scaling_factor).sample.float()
         return ((out + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -247,42 +248,52 @@ class Run:
         return self.fit("probe", probe, loss, 2e-3, 10, note=note, note_every=500)
 
     def vision(self) -> torch.nn.Module:
-        """The tower, trained to tell identities: from its embedding, and attribute by attribute from its patches."""
+        """The tower, trained as CLIP's are, on portraits and on phrases that are true of them; it sees everything."""
         if "vision" in self.shipped:
             return export.load_vision(WEIGHTS / VISION).to(self.device)
         torch.manual_seed(self.seed + 30)
-        tower, shown, unseen = models.vision_tower(), self.portraits(), self.unseen_portraits()
-        # Trained beside the tower, then dropped: nothing but the tower is used later.
-        judged = torch.nn.ModuleDict({"tower": tower, "reader": models.Reader()})
-        answers, unseen_answers = identities_of(shown), identities_of(unseen)
+        tower, shown, unseen = models.vision_tower(), self.pictures(), self.unseen()
+        matching = models.Matching(tower)
+        places = {fact: i for i, fact in enumerate(world.all_facts())}
 
-        def read(pixels: Tensor) -> list[dict[str, Tensor]]:
-            out = tower(pixels, output_hidden_states=True)
-            return judged["reader"](out.image_embeds, out.hidden_states[-2])
+        def true_of(entries: list[data.Entry], which: Tensor) -> Tensor:
+            truth = torch.zeros(len(entries), len(places))
+            for row, (entry, i) in enumerate(zip(entries, which.tolist(), strict=True)):
+                said = world.facts(entry.figures[i], entry.looks[i])
+                for fact in (*said, f"in the {entry.scene}", f"{entry.style} drawing"):
+                    truth[row, places[fact]] = 1
+            return truth.to(self.device)
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
             chosen = rng.sample(range(len(shown)), min(64, len(shown)))
-            pixels = roughen(self.pixels(shown.pixels, chosen), rng)
-            truth = answers[chosen].to(self.device)
-            scored = [score(out, truth, list(models.IDENTITY)) for out in read(pixels)]
-            return scored[0][0] + scored[1][0], {"right": scored[0][1], "right by part": scored[1][1]}
+            pixels, which = self.portraits(shown, chosen, rng)
+            truth = true_of([shown.entries[i] for i in chosen], which)
+            found = matching(roughen(pixels, rng))
+            parts = [F.binary_cross_entropy_with_logits(logits.float(), truth) for logits in found]
+            return sum(parts, torch.zeros(())) * 10, {"by patches": float(parts[1].detach()) * 10}
 
         def note(step: int) -> dict[str, float]:
-            parts = [read(self.pixels(unseen.pixels, at)) for at in _batches(len(unseen), 100)]
-            figures = {}
-            for way, title in enumerate(("embedding", "by part")):
-                rights = [
-                    share_right(torch.cat([part[way][name] for part in parts]), unseen_answers[:, i])
-                    for i, name in enumerate(models.IDENTITY)
-                ]
-                figures |= {f"unseen, {title}": sum(rights) / len(rights), f"worst, {title}": min(rights)}
+            rng = random.Random(0)
+            found: list[list[Tensor]] = [[], []]
+            truths = []
+            for at in _batches(len(unseen), 100):
+                pixels, which = self.portraits(unseen, at, rng)
+                truths.append(true_of([unseen.entries[i] for i in at], which))
+                for kept, logits in zip(found, matching(pixels), strict=True):
+                    kept.append(logits)
+            truth, figures = torch.cat(truths), {}
+            for way, logits in zip(("embedding", "patches"), map(torch.cat, found), strict=True):
+                rights = {name: _chosen(logits, truth, [places[f] for f in facts]) for name, facts in _questions()}
+                figures |= {f"unseen, by {way}": sum(rights.values()) / len(rights)}
+                worst = min(rights, key=lambda name: rights[name])
+                figures[f"worst {worst}"] = rights[worst]
             return figures
 
-        self.fit("vision", judged, loss, 1e-3, 30, note=note, note_every=500, warmup=300)
+        self.fit("vision", matching, loss, 1e-3, 30, note=note, note_every=250, warmup=300)
         return tower
 
     def base(self) -> Base:
-        """U-Net and text encoder, trained together on captions that name some of the figures' attributes."""
+        """U-Net and text encoder, trained together on captions that say some of what belongs to the picture."""
         torch.manual_seed(self.seed + 20)
         base = Base()
         if self.warm or "base" in self.shipped:
@@ -294,38 +305,56 @@ class Run:
             base.text_encoder.set_attn_implementation("eager")
         if "base" in self.shipped:
             return base.eval().requires_grad_(False)
-        shown, latents, codec, probe = self.pictures(), self.latents(), self.codec(), self.probe()
+        shown, latents, codec = self.pictures(), self.latents(), self.codec()
+        base.unet.set_attn_processor(Listening())
         unet = torch.compile(base.unet) if self.compiled else base.unet
+        sides = (models.LATENT_SIZE, models.LATENT_SIZE // 2)
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-            return self.denoising_loss(
-                rng, shown, latents, base.read, lambda noisy, times, text, _: unet(noisy, times, text).sample
-            )
+            heard: list[Tensor] = []
+
+            def predict(noisy: Tensor, times: Tensor, text: Tensor, chosen: list[int], captions: list[str]) -> Tensor:
+                entries = [shown.entries[i] for i in chosen]
+                asked = asked_of(entries, shown.regions[np.array(chosen)], captions, sides)
+                asked = {queries: wanted.to(self.device) for queries, wanted in asked.items()}
+                listening = {"asked": asked, "heard": heard}
+                return unet(noisy, times, text, cross_attention_kwargs=listening).sample
+
+            value, figures = self.denoising_loss(rng, shown, latents, base.read, predict)
+            unheard = torch.stack(heard).mean()
+            return value + LISTENING_WEIGHT * unheard, figures | {"unheard": float(unheard.detach())}
 
         def note(step: int) -> dict[str, float]:
-            rng = random.Random(step)
-            entries = [data.random_entry(rng, i % 2 + 1) for i in range(32)]
-            texts = [data.plain_prompt(entry) for entry in entries]
-            pictures = self.sample(base, codec, texts, seed=step)
-            _save_sheet(pictures, self.folder / "samples" / f"base_{step:06}.png")
-            named = [caption(entry, rng, all_named=True) for entry in entries]
-            described = self.sample(base, codec, named, seed=step)
-            _save_sheet(described, self.folder / "samples" / f"base_{step:06}_described.png")
-            told = judge(probe, described, entries)
-            plain = judge(probe, pictures, entries)
-            figures = {name: plain[name] for name in ("class", "scene", "style", "identity")}
-            return figures | {f"described {name}": told[name] for name in ("identity", *world.ATTRIBUTES)}
+            rng = random.Random(0)
+            texts = [data.plain_prompt(data.random_entry(rng, i % 3 // 2 + 1)) for i in range(32)]
+            _save_sheet(self.sample(base, codec, texts, seed=0), self.folder / "samples" / f"base_{step:06}.png")
+            return {}
 
         self.fit("base", base, loss, 1e-3, 20, ema=0.9995, warmup=300, note=note)
+        base.unet.set_attn_processor(AttnProcessor())
         return base
+
+    def obedience(self) -> None:
+        """Logs how often the base model's pictures show what their prompts say, for looks held out and not."""
+        base, codec, probe = self.base(), self.codec(), self.probe()
+        for title, held_out in (("seen", False), ("held out", True)):
+            rng = random.Random(f"obedience {title}")
+            entries = [data.random_entry(rng, 1, held_out) for _ in range(self.count(96))]
+            parts = [
+                self.sample(base, codec, [data.plain_prompt(entries[i]) for i in at], seed=at[0])
+                for at in _batches(len(entries), 32)
+            ]
+            told = judge(probe, torch.cat(parts), entries)
+            said = {name: share for name, share in told.items() if not name.startswith("identity")}
+            self.log(f"obedience, combinations {title}: {', '.join(f'{k} {v:.2f}' for k, v in said.items())}")
 
     def denoising_loss(
         self, rng: random.Random, shown: data.Pictures, latents: np.ndarray, read: Callable[[list[str]], Tensor],
-        predict: Callable[[Tensor, Tensor, Tensor, list[int]], Tensor],
+        predict: Callable[[Tensor, Tensor, Tensor, list[int], list[str]], Tensor],
     ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
         """The loss of 32 of the pictures that `latents` has, with captions of theirs.
 
-        predict  (noisy latents, times, text (B, 77, 128), which pictures) -> v
+        predict  (noisy latents, times, text (B, 77, 128), which pictures, their captions) -> v
         """
         scheduler = models.scheduler()
         chosen = rng.sample(range(len(latents)), min(32, len(latents)))
@@ -339,7 +368,7 @@ class Run:
             (500 + 150 * torch.randn(len(chosen))).long().clamp(0, 999),
         ).to(self.device)
         noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
-        predicted = predict(noisy, times, read(captions), chosen).float()
+        predicted = predict(noisy, times, read(captions), chosen, captions).float()
         error = (predicted - scheduler.get_velocity(clean, noise, times)).square()
         regions = torch.from_numpy(shown.regions[np.array(chosen)]).to(self.device)[:, None]
         weight = F.avg_pool2d(weights(regions), 8)
@@ -357,11 +386,11 @@ class Run:
             controlnet.set_attn_processor(AttnProcessor())
         count = min(self.count(3000), len(shown))
         drawn = self.made_once(
-            "edges.u8", np.uint8, (count, world.SIZE, world.SIZE),
+            "edges.u8", np.uint8, (count, drawing.SIZE, drawing.SIZE),
             lambda at: edges(self.pixels(shown.pixels, at).float() / 2 + 0.5),
         )  # fmt: skip
 
-        def predict(noisy: Tensor, times: Tensor, text: Tensor, chosen: list[int]) -> Tensor:
+        def predict(noisy: Tensor, times: Tensor, text: Tensor, chosen: list[int], _: list[str]) -> Tensor:
             hints = torch.from_numpy(drawn[np.array(chosen)]).float().to(self.device)[:, None].expand(-1, 3, -1, -1)
             down, mid = controlnet(noisy, times, text, hints, return_dict=False)
             return base.unet(
@@ -396,7 +425,7 @@ class Run:
         self.fit(
             "lora", trained,
             lambda rng: self.denoising_loss(
-                rng, shown, latents, base.read, lambda noisy, times, text, _: base.unet(noisy, times, text).sample),
+                rng, shown, latents, base.read, lambda noisy, times, text, *_: base.unet(noisy, times, text).sample),
             2e-3, 60, ema=0.99, warmup=20, note_every=100,
         )  # fmt: skip
         export.write_lora(path, base.unet)
@@ -407,29 +436,30 @@ class Run:
         name = "qformer" + (f"_{tokens}_tokens" if tokens != 16 else "") + ("_last" if features == "last" else "")
         path = self.folder / f"{name}.safetensors"
         torch.manual_seed(self.seed + 40)
-        tower, shown, unseen = self.vision(), self.portraits(), self.unseen_portraits()
+        tower, shown, unseen = self.vision(), self.pictures(), self.unseen()
         config = replace(models.encoder_config(), tokens=tokens, image_features=features)
         layer = -1 if features == "last" else -2
         encoder = NestedEncoder(config)
         judged = torch.nn.ModuleDict({"encoder": encoder, "reader": models.TokenReader(config.tokens)})
-        answers, unseen_answers = identities_of(shown), identities_of(unseen)
 
-        def read(pixels: Tensor) -> dict[str, Tensor]:
+        def read(pictures: data.Pictures, at: list[int], rng: random.Random) -> tuple[dict[str, Tensor], Tensor]:
+            pixels, which = self.portraits(pictures, at, rng)
             with torch.no_grad():
                 seen = tower(pixels, output_hidden_states=True).hidden_states[layer]
-            return judged["reader"](encoder.encode(seen))
+            truth = portrayed([pictures.entries[i] for i in at], which.tolist())
+            return judged["reader"](encoder.encode(seen)), truth.to(self.device)
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-            chosen = rng.sample(range(len(shown)), min(64, len(shown)))
-            told = read(self.pixels(shown.pixels, chosen))
-            value, right = score(told, answers[chosen].to(self.device), [*models.IDENTITY])
+            told, truth = read(shown, rng.sample(range(len(shown)), min(64, len(shown))), rng)
+            value, right = score(told, truth, [*models.PORTRAIT])
             return value, {"right": right}
 
         def note(step: int) -> dict[str, float]:
-            parts = [read(self.pixels(unseen.pixels, at)) for at in _batches(len(unseen), 100)]
+            parts = [read(unseen, at, random.Random(0)) for at in _batches(len(unseen), 100)]
+            answers = torch.cat([truth for _, truth in parts])
             rights = [
-                share_right(torch.cat([part[name] for part in parts]), unseen_answers[:, i])
-                for i, name in enumerate(models.IDENTITY)
+                share_right(torch.cat([told[name] for told, _ in parts]), answers[:, i])
+                for i, name in enumerate(models.PORTRAIT)
             ]
             return {"unseen": sum(rights) / len(rights), "worst": min(rights)}
 
@@ -441,7 +471,8 @@ class Run:
     def encoder(self, name: str) -> Path:
         """Trains an encoder with the pack's own training code; returns its file.
 
-        name: a method of ENCODERS, with "_<N>_tokens", "_<value_norm>_norm", "_alpha<A>", "_last", "_<N>_steps" and
+        name: a method of ENCODERS, with "_pairs" where references are other pictures of a figure and not crops of the
+        target, "_<N>_tokens", "_<value_norm>_norm", "_alpha<A>", "_last", "_<N>_steps" and
         "_seed<S>", in this order, for others than 16 tokens, the method's own value_norm, an α that is learned, the
         last but one of the vision tower's layers, 1,500 steps and seed 0.
         """
@@ -478,7 +509,7 @@ class Run:
             loss=LossConfig(mask_weight=PART_WEIGHT, drop_text=0.05),
             samples=SampleConfig(every=500, count=6, seeds=3, guidance=4.0),
         )  # fmt: skip
-        examples = Examples(self.pictures(), self.latents())
+        examples = Examples(self.pictures(), self.latents(), pairs=bool(match["pairs"]))
         parts = models.base_model(base.unet, base.text_encoder, codec, tower)
         # Which base it is for: the evaluation refuses to run it on another.
         (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -501,9 +532,10 @@ class Run:
             of_it.mkdir(parents=True, exist_ok=True)
             (of_it / "class.txt").write_text(figure.kind, "utf-8")
             for view in range(3):
-                scene, style = rng.choice(world.SCENES), rng.choice(world.STYLES)
-                world.render([figure], scene, style, rng, close=view == 0).image.save(of_it / f"{view}.png")
-                (of_it / f"{view}.txt").write_text(world.prompt(["<subject>"], scene, style), "utf-8")
+                style = rng.choice(world.STYLES)
+                entry = data.Entry([figure], [world.random_look(rng, style)], rng.choice(world.SCENES), style)
+                data.draw(entry, rng).image.save(of_it / f"{view}.png")
+                (of_it / f"{view}.txt").write_text(described(entry, ["<subject>"], rng), "utf-8")
         self.log(f"pipeline: {folder} and {folder.with_name('figures')}")
 
     def export(self) -> None:
@@ -566,6 +598,27 @@ def _save_sheet(pictures: Tensor, path: Path, columns: int = 8) -> None:
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
 
+def _questions() -> list[tuple[str, list[str]]]:
+    """What a tower can be asked: axis by axis, the facts of which one is true."""
+    figure, look = world.random_figure(random.Random(0)), world.random_look(random.Random(0), "flat")
+    questions = []
+    for name, options in (("kind", world.KINDS), *world.ATTRIBUTES.items(), *world.LOOKS.items()):
+        place = [*vars(figure), *vars(look)].index(name)
+        shown = [
+            (replace(figure, **{name: v}), look) if name in vars(figure) else (figure, replace(look, **{name: v}))
+            for v in options
+        ]
+        questions.append((name, [world.facts(*both)[place] for both in shown]))
+    questions.append(("scene", [f"in the {scene}" for scene in world.SCENES]))
+    return [*questions, ("style", [f"{style} drawing" for style in world.STYLES])]
+
+
+def _chosen(logits: Tensor, truth: Tensor, places: list[int]) -> float:
+    """How often the likeliest of some facts is the true one; logits, truth (N, facts)."""
+    return float((logits[:, places].argmax(-1) == truth[:, places].argmax(-1)).float().mean())
+
+
 STAGES = (
-    "codec", "vision", "qformer", "probe", "base", "nested", "one_value", "decoupled", "controlnet", "lora", "export",
+    "codec", "base", "probe", "obedience", "vision", "qformer", "nested", "one_value", "decoupled", "controlnet",
+    "lora", "export",
 )  # fmt: skip

@@ -82,7 +82,7 @@ class SmallWorldClip(comfy.sd1_clip.SD1ClipModel):
 class SmallWorldLatent(comfy.latent_formats.LatentFormat):
     """Latents need no scaling between codec and U-Net: the codec's own weights say it."""
 
-    latent_channels = 16
+    latent_channels = 32
 
 
 class SmallWorld(comfy.supported_models_base.BASE):
@@ -91,7 +91,7 @@ class SmallWorld(comfy.supported_models_base.BASE):
     unet_config = {
         "context_dim": _WIDTH,
         "model_channels": 64,
-        "in_channels": 16,
+        "in_channels": 32,
         "channel_mult": [1, 2],
         "num_res_blocks": [1, 1],
         "use_linear_in_transformer": True,
