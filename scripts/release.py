@@ -37,7 +37,7 @@ def notes() -> str:
 
 def check_publisher() -> None:
     """Raises SetupError while pyproject.toml has no publisher's name."""
-    lines = [line for line in _text("pyproject.toml").splitlines() if PUBLISHER in line and not line.startswith("#")]
+    lines = [line for line in _text("pyproject.toml").splitlines() if PUBLISHER in line]
     if lines:
         raise SetupError(
             f"pyproject.toml still says {PUBLISHER}:\n    " + "\n    ".join(lines) + "\n"
