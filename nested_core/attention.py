@@ -46,6 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
 from .errors import NestedAttentionError
 
 ValueNorm = Literal["match", "match_per_head", "unit", "none"]
@@ -358,15 +359,38 @@ def nested_delta(
         for p in range(places.shape[-1]):
             by_head.addcmul_(_fitting(replaced[:, p, None], summed), louder[..., p, None])
         prob = raised
+    _add_all(by_head, q, terms, factors, prob, replaced, attend)
+    if summed is total:
+        return total
+    return summed.to(total.dtype) if into is None else into.copy_(summed)
+
+
+def _add_all(
+    out: Tensor,
+    q: Tensor,
+    terms: Sequence[NestedTerm],
+    factors: Sequence[Tensor | None],
+    prob: Tensor,
+    replaced: Tensor,
+    attend: Attend,
+) -> None:
+    """Adds the subjects to a layer's output by head, out (B, Q, H, d), in the type of q or of `_statistics`.
+
+    factors: as of `_where_they_act`. prob: a'_s of all places (B, Q, H, P). replaced: V at them (B, P, H, d).
+    """
+    counts = [term.places.shape[-1] for term in terms]
     shares, values = prob.split(counts, dim=-1), replaced.split(counts, dim=1)
+    if out.is_cuda and kernels.chosen() and not torch.is_grad_enabled():
+        for term, at, share, before in zip(terms, factors, shares, values, strict=True):
+            nested = _nested(q, term, out.shape[2], attend)
+            share = share if at is None else share * at
+            kernels.add_subject(out, nested, share, before, term.value_norm, float(term.alpha), term.strength)
+        return
     scaled = _scaled_of_each(terms, prob, replaced)
     for term, at, share, rescaled, before in zip(terms, factors, shares, scaled, values, strict=True):
         if at is not None:
             share, rescaled = share * at, rescaled * at
-        _add(by_head, q, term, share, rescaled, before, attend)
-    if summed is total:
-        return total
-    return summed.to(total.dtype) if into is None else into.copy_(summed)
+        _add(out, q, term, share, rescaled, before, attend)
 
 
 def _add(

@@ -34,7 +34,8 @@ def by_area(maps: Tensor, size: Sequence[int]) -> Tensor:
     As two products with matrices: not every device pools to sizes that do not divide.
     """
     rows, columns = (_pooling(maps.shape[i], size[i], maps) for i in (-2, -1))
-    return rows @ maps @ columns.T
+    with torch.autocast(maps.device.type, enabled=False):  # shares, not activations: they keep their precision
+        return rows @ maps @ columns.T
 
 
 def _pooling(before: int, after: int, like: Tensor) -> Tensor:

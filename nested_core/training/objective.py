@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import NestedAttentionError
+from ..regions import by_area
 from .config import LossConfig, OptimiserConfig
 from .model import SubjectDenoiser
 
@@ -52,7 +53,7 @@ def denoising_loss(
         )
     error = F.mse_loss(predict(noisy, times).float(), target.float(), reduction="none").mean(1)  # (B, H, W)
     if weights is not None:
-        error = error * F.interpolate(weights[:, None].to(error), size=error.shape[1:], mode="area")[:, 0]
+        error = error * by_area(weights[:, None].to(error), error.shape[1:])[:, 0]
     return (error.mean((1, 2)) * _time_weights(scheduler, times, kind, options.min_snr_gamma)).mean()
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nested_core.files import whole
 
-from . import small_world
+from . import first_look, small_world
 from .environment import say
 from .graphs import Shown, check_nodes, run_graph, saved_pictures, subject_graph
 from .hosts import version_of
@@ -45,7 +45,7 @@ def show(host: Path, serve: bool, port: int, seed: int) -> None:
 def contact_sheet(server: Server, names: dict[str, str], seed: int) -> Path:
     """Subjects that no training saw, in scenes that the prompt names, beside the same graph without our nodes.
 
-    Returns the sheet's file; the single pictures are in the server's output folder too.
+    Returns the sheet's file. Beside it are the single pictures, and the README's figure, which is made of some of them.
     """
     figures = small_world.held_out_figures(seed, 2, "robot") + small_world.held_out_figures(seed, 2, "creature")
     robots, creatures = (small_world.write_portraits(part, server.input) for part in (figures[:2], figures[2:]))
@@ -61,15 +61,19 @@ def contact_sheet(server: Server, names: dict[str, str], seed: int) -> Path:
         (file,) = saved_pictures(server, asyncio.run(run_graph(server, graph, quiet=True)))
         return Image.open(file).convert("RGB")
 
-    drawn = []
+    drawn, looks = [], []
     for subjects, scenes in rows:
         cells = [_open(server.input / subject.images[0], f"your {subject.class_word}") for subject in subjects]
         cells.append((picture(subjects, scenes[0], bound=False), f"{', '.join(scenes[0])}: without the node"))
         cells += [(picture(subjects, scene, bound=True), f"{', '.join(scene)}: with it") for scene in scenes]
         drawn.append(cells)
+        *photos, plain, bound = [image for image, _ in cells[: len(subjects) + 2]]
+        prompt = small_world.prompt(subjects, *scenes[0])
+        looks.append(first_look.Row(subjects, photos, prompt, bound, plain))
     path = server.output / SHEET
-    with whole(path) as part:
-        _lay_out(drawn).save(part, "PNG")
+    for file, page in ((path, _lay_out(drawn)), (path.with_name(first_look.FILE), first_look.first_look(looks[::2]))):
+        with whole(file) as part:
+            page.save(part, "PNG")
     return path
 
 

@@ -56,6 +56,7 @@ _MODULES = [
     *(f"nested_core.hosts.comfy.{name}" for name in (
         "layer", "apart", "attend", "store", "unet", "values", "apply", "run", "text", "prompt", "recording", "check")),
     *(f"nested_core.{name}" for name in ("attention", "encoder", "subject", "layers", "checkpoint", "errors")),
+    "nested_core.kernels",
     "nodes.folders",
 ]  # fmt: skip
 

@@ -64,6 +64,17 @@ def test_a_subject_costs_six_kernels_a_layer_and_no_wait(case, count):
 
 
 @of("sd15 fp16")
+@pytest.mark.parametrize("count", [1, 2])
+def test_with_tritons_kernel_a_subject_costs_two(case, pack, count, monkeypatch):
+    """One for what it adds, one for V at its word, which all subjects share; several are summed in fp32 and cast."""
+    monkeypatch.setattr(pack.kernels, "chosen", lambda: True)
+    more = sampled(case, *applied(case, count)).named() - case.plain.named()
+    more.pop("scaled_dot_product_attention")
+    assert more.pop("nested_attention::add_subject") == layers_of(case) * count
+    assert sum(more.values()) <= layers_of(case) * (1 if count == 1 else 4), more
+
+
+@of("sd15 fp16")
 def test_memory_of_a_step_is_the_plain_one(case):
     """K̈ and V̈ are there before; nothing of their size is made in a layer."""
     assert sampled(case, *applied(case, 1)).peak - case.plain.peak < 8 * 2**20

@@ -86,3 +86,10 @@ def test_by_area_is_pytorchs_where_that_can(before, after):
     maps = torch.rand(2, 3, *before, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(maps, size=after, mode="area")
     torch.testing.assert_close(by_area(maps, after), expected)
+
+
+def test_by_area_keeps_its_precision_where_others_are_cast():
+    maps = torch.rand(1, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+    expected = by_area(maps, (7, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(by_area(maps, (7, 7)), expected)

@@ -29,6 +29,7 @@ from ...prompt import ClassWord
 from ...schedule import step_of
 from . import text as texts
 from .apart import BoundedSelfAttention, Regions, cannot_separate
+from .compiled import Compiled
 from .layer import Step, with_subjects
 from .negatives import is_negative, mark_negatives, with_words
 from .prompt import why_unmentioned
@@ -36,7 +37,6 @@ from .recording import Recorder, Recording
 from .rows import Entry, Sampled, Window, clipped, groups_of
 from .store import Store
 from .text import MarkedText, mark, marks_of, plain, rows_of
-from .uncompiled import Uncompiled
 from .unet import unet_layers_of
 from .values import Apart, Application
 
@@ -89,7 +89,7 @@ class _Run:
         self.layers = unet_layers_of(model)[1]
         self.store = Store(model, applications, self.layers, latent)
         self.latent = latent
-        self.uncompiled = Uncompiled()
+        self.compiled = Compiled(guider.model_options)
         self.stepped = False
         self.asked: set[int] = set()  # applications that a text of some step mentioned while they acted
         self.reached: set[int] = set()  # those that some layer had in it
@@ -440,7 +440,7 @@ def _apply_model(
         options = with_subjects(options, now.step, now.run.layers)
     else:
         c_crossattn = plain(c_crossattn)
-    with now.run.uncompiled(executor.class_obj):
+    with now.run.compiled(executor.class_obj):
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
