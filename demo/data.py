@@ -32,7 +32,7 @@ class Entry:
 
 @dataclass
 class Pictures:
-    """pixels uint8 (N, size, size, 3), regions uint8 (N, size, size) as in `world.Picture`, and what they show."""
+    """pixels uint8 (N, size, size, 3), regions uint8 (N, size, size) as in `drawing.Picture`, and what they show."""
 
     pixels: np.ndarray
     regions: np.ndarray

@@ -68,7 +68,14 @@ def portrait(entry: data.Entry, rng: random.Random) -> np.ndarray:
 
 
 def cropped(pixels: np.ndarray, regions: np.ndarray, index: int, margin: float) -> np.ndarray:
-    """A square around the figure of that index, uint8 (VISION_SIZE, VISION_SIZE, 3). margin: share of its side.
+    """A square around the figure of that index, uint8 (VISION_SIZE, VISION_SIZE, 3). margin: share of its side."""
+    top, left, side = square_around(regions, index, margin)
+    square = Image.fromarray(pixels[top : top + side, left : left + side])
+    return np.asarray(square.resize((models.VISION_SIZE, models.VISION_SIZE), Image.Resampling.LANCZOS))
+
+
+def square_around(regions: np.ndarray, index: int, margin: float) -> tuple[int, int, int]:
+    """(top, left, side) of a square around a figure. margin: share of its side.
 
     A square that leaves the picture is moved back into it, and is no larger than the picture.
     """
@@ -78,8 +85,7 @@ def cropped(pixels: np.ndarray, regions: np.ndarray, index: int, margin: float) 
         min(max(round((low + high + 1 - side) / 2), 0), size - side)
         for (low, high), size in zip((rows, columns), regions.shape, strict=True)
     )
-    square = Image.fromarray(pixels[top : top + side, left : left + side])
-    return np.asarray(square.resize((models.VISION_SIZE, models.VISION_SIZE), Image.Resampling.LANCZOS))
+    return top, left, side
 
 
 def _extent(regions: np.ndarray, index: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -6,8 +6,9 @@
 
 Subjects are held out of every training; each is sampled with three seeds. Writes docs/evaluation.md and .json, and
 docs/images/evaluation.png. Encoders: the shipped one, and those that `demo/train.py` left in its folder: `one_value`
-and `decoupled` (the baselines, trained with the same budget), `nested_<N>_tokens` for the sweep of tokens, and any of
-them with `_seed<S>` for other training seeds. What is missing is left out, and said.
+and `decoupled` (the baselines, trained with the same budget), each also with `_pairs` (references are other pictures),
+`nested_<N>_tokens` for the sweep of tokens, and any of them with `_seed<S>` for other training seeds. What is missing
+is left out, and said.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from demo import export, models, shipped
+from demo import export, models, shipped, world
 from kit import graphs, small_world
 from kit.evaluation.bench import Bench, Condition
 from kit.server import Server
@@ -68,7 +68,8 @@ def test_diffusers_makes_the_same_picture(server, names):
     """With the same weights, noise and steps; PSNR over 40 dB on the saved picture."""
     (figure,) = small_world.held_out_figures(5, 1, "robot")
     (shown,) = small_world.write_portraits([figure], server.input)
-    prompt = small_world.prompt([shown], "beach", "comic")
+    look = world.Look("smiling", "wooden", "waving", "left", "flag")
+    prompt = small_world.prompt([shown], "beach", "comic", [look])
     graph = graphs.subject_graph(names, prompt, [shown], seed=5, steps=20, cfg=4.0)
     (file,) = graphs.saved_pictures(server, asyncio.run(graphs.run_graph(server, graph, quiet=True)))
     saved = picture(file)
@@ -76,7 +77,7 @@ def test_diffusers_makes_the_same_picture(server, names):
         made = in_diffusers(picture(server.input / shown.images[0]), shown, prompt, seed=5, steps=20, cfg=4.0)
     assert 10 * torch.log10(1 / (saved - made).square().mean()) > 40
     # And the subject is in both.
-    plain = graphs.subject_graph(names, small_world.prompt([shown], "beach", "comic", bound=False), [], seed=5)
+    plain = graphs.subject_graph(names, small_world.prompt([shown], "beach", "comic", [look], bound=False), [], seed=5)
     (file,) = graphs.saved_pictures(server, asyncio.run(graphs.run_graph(server, plain, quiet=True)))
     assert 10 * torch.log10(1 / (saved - picture(file)).square().mean()) < 25
 

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from demo import data, models, shipped, world
+from demo import data, drawing, models, shipped, world
+from demo.lessons import other_entry
 from nested_core.checkpoint import read_encoder
 
 from .. import small_world
@@ -26,7 +27,11 @@ from ..paths import REPO
 from ..server import Server
 from . import METHODS
 
-WITHOUT_SUBJECT = ("none", "described")
+WITHOUT_SUBJECT = ("none",)
+AXES = ("scene", "style", *world.LOOKS)
+"""What belongs to a picture; with the class, what a prompt asks for."""
+WIDE = ("jumping", "dancing")
+"""Poses that reach out."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Condition:
     apart: strength of Separate Subjects. negative: what the negative prompt is: "" (nothing), "word" (the class word)
     or "black" (the class word, and on it the tokens of a black picture).
 
-    edit: whether the prompt gives the subject an attribute that it does not have, in words.
+    touching: two subjects in poses that reach out, with an umbrella: they touch.
     """
 
     method: str
@@ -48,28 +53,19 @@ class Condition:
     apart: float = 0.0
     views: int = 1
     pair: bool = False
-    edit: bool = False
+    touching: bool = False
     cfg: float = 4.0
     negative: str = ""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Held-out figures in a scene and style, with the seed of their pictures.
+    """What is asked for, of held-out figures; the seed of its pictures; and what each figure's reference shows, which
+    differs from that in every axis."""
 
-    edit: an attribute and another value of it than the first figure's.
-    """
-
-    figures: tuple[world.Figure, ...]
-    scene: str
-    style: str
+    entry: data.Entry
     seed: int
-    edit: tuple[str, str]
-
-    def edit_in_words(self) -> str:
-        name, value = self.edit
-        figure = replace(self.figures[0], **{name: value})
-        return figure.words([name]).removesuffix(f" {figure.kind}")
+    references: tuple[data.Entry, ...]
 
 
 @dataclass
@@ -104,6 +100,7 @@ class Bench:
             *(path for path in (REPO / "nested_core").rglob("*.py") if "training" not in path.parts),
             *(REPO / "nodes").glob("*.py"),
             *(REPO / "demo" / "comfyui").glob("*.py"),
+            *(REPO / "demo" / "drawing").glob("*.py"),
             *(REPO / "demo" / name for name in ("world.py", "models.py")),
         ]
         weights = [path for path in shipped.WEIGHTS.glob("*.safetensors") if path.name != shipped.PROBE]
@@ -113,24 +110,24 @@ class Bench:
         self.stamp = digest.hexdigest()
         self.trained = {(f.kind, *f.identity) for f in data.drawn_figures(data.PICTURES, 0)}
 
-    def cases(self, pair: bool, share: float = 1.0) -> list[Case]:
+    def cases(self, pair: bool, share: float = 1.0, touching: bool = False) -> list[Case]:
         """The same for every condition; a share of them is the first ones."""
         cases = []
         for i in range(max(2, round(self.identities * share))):
             rng = random.Random(f"evaluation {pair} {i}")
             entry = data.random_entry(rng, 2 if pair else 1)
-            name = rng.choice([name for name in world.ATTRIBUTES if name != "hat_colour"])  # no word of its own
-            value = rng.choice([v for v in world.ATTRIBUTES[name] if v != getattr(entry.figures[0], name)])
-            cases.append(Case(tuple(entry.figures), entry.scene, entry.style, 1000 + i, (name, value)))
+            if touching:
+                entry.looks = [replace(look, pose=rng.choice(WIDE), held="umbrella") for look in entry.looks]
+            references = tuple(other_entry(entry, at, rng) for at in range(len(entry.figures)))
+            cases.append(Case(entry, 1000 + i, references))
         return cases
 
     def measure(self, condition: Condition, share: float = 1.0) -> Scores:
         """Scores of a condition; pictures that are there already are not made again."""
         scores = Scores()
         title = f"{condition.method} x{condition.strength:g} α{condition.alpha:g} {condition.encoder[:24]}"
-        edit = "edit " if condition.edit else ""
-        for case in tqdm(self.cases(condition.pair, share), desc=edit + title, mininterval=2):
-            self.score(case, self.pictures(condition, case), scores, condition.edit)
+        for case in tqdm(self.cases(condition.pair, share, condition.touching), desc=title, mininterval=2):
+            self.score(case, self.pictures(condition, case), scores)
         return scores
 
     def pictures(self, condition: Condition, case: Case) -> list[Path]:
@@ -153,18 +150,11 @@ class Bench:
         return self.server.models / "nested_attention"
 
     def graph(self, condition: Condition, case: Case) -> Graph:
-        shown = small_world.write_portraits(case.figures, self.server.input, condition.views)
+        entry = case.entry
+        shown = small_world.write_portraits(entry.figures, self.server.input, condition.views, case.references)
         shown = [replace(subject, strength=condition.strength) for subject in shown]
-        said = shown
-        if condition.edit:
-            words = case.edit_in_words()
-            said = [
-                replace(s, placeholder=f"{words} {s.placeholder}", class_word=f"{words} {s.class_word}") for s in shown
-            ]
-        prompt = small_world.prompt(said, case.scene, case.style, bound=condition.method in ("nested", "one_value"))
-        if condition.method == "described":
-            named = [replace(s, class_word=f.words()) for s, f in zip(shown, case.figures, strict=True)]
-            prompt = small_world.prompt(named, case.scene, case.style, bound=False)
+        bound = condition.method in ("nested", "one_value")
+        prompt = small_world.prompt(shown, entry.scene, entry.style, entry.looks, bound)
         subjects: Sequence[Shown] = () if condition.method in WITHOUT_SUBJECT else shown
         names = {**self.names, "encoder_name": self.encoders.get(condition.encoder, "")}
         negative = f"a {shown[0].class_word}" if condition.negative else ""
@@ -200,36 +190,38 @@ class Bench:
     def _connect_black(self, graph: Graph) -> None:
         """A black picture as what the subjects are in the negative prompt."""
         encode = graph["subject0"]
-        size = {"width": world.SIZE, "height": world.SIZE, "batch_size": 1, "color": 0}
+        size = {"width": drawing.SIZE, "height": drawing.SIZE, "batch_size": 1, "color": 0}
         graph["black_picture"] = node("EmptyImage", **size)
         graph["black"] = {**encode, "inputs": {**encode["inputs"], "image": ["black_picture", 0]}}
         for place in graph.values():
             if place["class_type"] == "NestedApplySubjectAdvanced":
                 place["inputs"]["unconditional"] = ["black", 0]
 
-    def score(self, case: Case, files: Iterable[Path], scores: Scores, edit: bool = False) -> None:
+    def score(self, case: Case, files: Iterable[Path], scores: Scores) -> None:
         pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
         with torch.no_grad():
             out = self.probe(models.normalise(torch.from_numpy(pixels)))
-        told = {name: logits.argmax(-1).numpy() for name, logits in out.items()}
-        truth = models.labels(list(case.figures), case.scene, case.style)
+        told, figures = {name: logits.argmax(-1).numpy() for name, logits in out.items()}, case.entry.figures
+        truth = models.labels(case.entry)
         scores.add("class", float(np.mean([[told[f"{k}.present"] == truth[f"{k}.present"]] for k in world.KINDS])))
-        for name in ("scene", "style"):
-            scores.add(name, float(np.mean(told[name] == truth[name])))
-        scores.add("alignment", float(np.mean([scores.right[name][-1] for name in ("class", "scene", "style")])))
+        for axis in AXES:
+            asked = [axis] if axis in truth else [f"{figure.kind}.{axis}" for figure in figures]
+            scores.add(axis, float(np.mean([told[name] == truth[name] for name in asked])))
+            theirs = [models.labels(reference) for reference in case.references]
+            copied = [
+                told[name] == reference[name] for reference in theirs for name in asked if reference.get(name, -1) >= 0
+            ]
+            scores.add(f"copied {axis}", float(np.mean(copied)))
+        scores.add("alignment", float(np.mean([scores.right[name][-1] for name in ("class", *AXES)])))
+        scores.add("copied", float(np.mean([scores.right[f"copied {axis}"][-1] for axis in AXES])))
         for name in world.ATTRIBUTES:
-            rights = [told[f"{f.kind}.{name}"] == truth[f"{f.kind}.{name}"] for f in case.figures]
+            rights = [told[f"{f.kind}.{name}"] == truth[f"{f.kind}.{name}"] for f in figures]
             scores.add(name, float(np.mean(rights)))
-        if edit:
-            name, value = case.edit
-            shown = told[f"{case.figures[0].kind}.{name}"]
-            scores.add("edit", float(np.mean(shown == world.ATTRIBUTES[name].index(value))))
-        kept = [name for name in world.ATTRIBUTES if not edit or name != case.edit[0]]
-        scores.add("identity", float(np.mean([scores.right[name][-1] for name in kept])))
-        if len(case.figures) == 1:
-            self._remember(case.figures[0], told, scores)
+        scores.add("identity", float(np.mean([scores.right[name][-1] for name in world.ATTRIBUTES])))
+        if len(figures) == 1:
+            self._remember(figures[0], told, scores)
         else:
-            self._separate(case.figures, told, scores)
+            self._separate(figures, told, scores)
 
     def _remember(self, figure: world.Figure, told: dict[str, np.ndarray], scores: Scores) -> None:
         """Whether pictures show exactly the held-out figure, or else exactly one of the training pictures' figures."""

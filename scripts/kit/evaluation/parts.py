@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from demo import export, models, shipped, world
+from demo import data, drawing, export, models, shipped
 from nested_core.attention import outer_probabilities, scaled_dot_product
 from nested_core.hosts.diffusers import cross_attention
 
 from . import METHODS
 from .bench import WITHOUT_SUBJECT, Bench, Condition, Scores
 
-# Names of demo/train.py for encoders that were trained otherwise than the shipped one.
-VARIANT = re.compile(r"nested(_(?P<norm>none|unit|match_per_head)_norm)?(_(?P<steps>\d+)_steps)?")
-STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+REGIMES = {"": "the reference is a crop of the target", "_pairs": "the reference is another picture"}
 IDENTITIES = (0.25, 0.5, 0.75, 1.0, 1.25)  # of the encoder's own α
 FOCUS = (1.0, 1.5, 2.0, 3.0)
 SEPARATION = (0.0, 0.25, 0.5, 0.75, 1.0)
 APART = (0.0, 0.5, 1.0)
 GUIDANCE = (1.5, 3.0, 5.0, 7.5)
-EDITS = (0.5, 0.75, 1.0, 1.25)  # strengths
 TOKENS = (1, 4, 16, 64)
 VIEWS = (1, 2, 4)
 
@@ -34,41 +30,42 @@ Rows = list[tuple[str, Scores]]
 
 
 def table(bench: Bench) -> Rows:
-    """One subject: every method; other training seeds of a method are pooled with it."""
-    rows = []
-    for method in bench.methods():
-        scores, others = bench.measure(bench.condition(method)), []
-        for name in sorted(bench.encoders):
-            if name.startswith(f"{method}_seed"):
-                others.append(bench.measure(Condition(method, name)))
-        if others:  # the mean of a subject over training seeds is one number: subjects are what is resampled
-            every = [scores, *others]
-            scores = Scores({q: [sum(v) / len(v) for v in zip(*(s.right[q] for s in every), strict=True)]
-                             for q in scores.right})  # fmt: skip
-        rows.append((METHODS[method], scores))
+    """One subject, every method in both regimes; training seeds are pooled."""
+    rows = [(METHODS["none"], bench.measure(bench.condition("none")))]
+    for method, regime in _trained(bench):
+        rows.append((f"{METHODS[method]}, {REGIMES[regime]}", _over_seeds(bench, method, regime)))
     return rows
 
 
+def frontier(bench: Bench) -> Rows:
+    """Identity against alignment over strengths: what is gained of the one for what is lost of the other."""
+    return [
+        (f"{METHODS[method]}, {REGIMES[regime]}, strength {value:g}",
+         _over_seeds(bench, method, regime, 0.5, strength=value))
+        for method, regime in _trained(bench)
+        for value in STRENGTHS
+    ]  # fmt: skip
+
+
+def _trained(bench: Bench) -> list[tuple[str, str]]:
+    """(method, regime) of the encoders that there are."""
+    methods = [method for method in METHODS if method not in WITHOUT_SUBJECT]
+    return [(method, regime) for regime in REGIMES for method in methods if f"{method}{regime}" in bench.encoders]
+
+
+def _over_seeds(bench: Bench, method: str, regime: str, share: float = 1.0, **changes: Any) -> Scores:
+    """The mean of a subject over training seeds is one number: subjects are what is resampled."""
+    name = f"{method}{regime}"
+    names = [name, *sorted(other for other in bench.encoders if other.startswith(f"{name}_seed"))]
+    every = [bench.measure(Condition(method, encoder, **changes), share) for encoder in names]
+    return Scores({q: [sum(v) / len(v) for v in zip(*(s.right[q] for s in every), strict=True)]
+                   for q in every[0].right})  # fmt: skip
+
+
 def pairs(bench: Bench) -> Rows:
-    return [(METHODS[m], bench.measure(bench.condition(m, pair=True), 0.67)) for m in bench.methods()]
-
-
-def strength(bench: Bench) -> Rows:
-    return _over_strengths(bench, STRENGTHS)
-
-
-def edits(bench: Bench) -> Rows:
-    """An attribute that the prompt gives in words against the reference picture's: obeyed, and the others kept?"""
-    without = (METHODS["none"], bench.measure(bench.condition("none", edit=True), 0.5))
-    return [without, *_over_strengths(bench, EDITS, edit=True)]
-
-
-def _over_strengths(bench: Bench, strengths: Sequence[float], **changes: Any) -> Rows:
-    rows = []
-    for method in [m for m in bench.methods() if m not in WITHOUT_SUBJECT]:
-        for value in strengths:
-            scores = bench.measure(bench.condition(method, strength=value, **changes), 0.5)
-            rows.append((f"{METHODS[method]}, strength {value:g}", scores))
+    rows = [(METHODS["none"], bench.measure(bench.condition("none", pair=True), 0.67))]
+    for method, regime in _trained(bench):
+        rows.append((f"{METHODS[method]}, {REGIMES[regime]}", _over_seeds(bench, method, regime, 0.67, pair=True)))
     return rows
 
 
@@ -84,10 +81,11 @@ def separation(bench: Bench) -> Rows:
 
 
 def apart(bench: Bench) -> Rows:
+    """Two subjects who reach out for each other, with Separate Subjects and without."""
     return [
         (
             f"{METHODS[method]}, Separate Subjects {x:g}",
-            bench.measure(bench.condition(method, pair=True, apart=x), 0.67),
+            bench.measure(bench.condition(method, pair=True, apart=x, touching=True), 0.67),
         )
         for method in ("nested", "one_value")
         if method in bench.encoders
@@ -124,10 +122,10 @@ def attention(bench: Bench) -> Rows:
     unet, text_encoder, codec = export.load_checkpoint(shipped.WEIGHTS / shipped.CHECKPOINT)
     scheduler: Any = models.scheduler()
     tokenizer, cases = models.tokenizer(), bench.cases(pair=False)
-    drawn = [world.render(c.figures, c.scene, c.style, random.Random(c.seed)) for c in cases]
-    texts = [world.prompt([figure.kind for figure in c.figures], c.scene, c.style) for c in cases]
+    drawn = [data.draw(c.entry, random.Random(c.seed)) for c in cases]
+    texts = [data.plain_prompt(c.entry) for c in cases]
     ids = tokenizer(texts, padding="max_length", max_length=models.TEXT_LENGTH, return_tensors="pt").input_ids
-    words = [tokenizer(c.figures[0].kind).input_ids[1] for c in cases]
+    words = [tokenizer(c.entry.figures[0].kind).input_ids[1] for c in cases]
     places = (ids == torch.tensor(words)[:, None]).int().argmax(1, keepdim=True)
     seen: dict[int, torch.Tensor] = {}
 
@@ -139,7 +137,7 @@ def attention(bench: Bench) -> Rows:
             q, k = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
             shares = outer_probabilities(q, k, attn.heads, places).float().mean(2)[..., 0]
             side = int(shares.shape[1] ** 0.5)
-            seen[self.layer] = F.interpolate(shares.view(-1, 1, side, side), size=world.SIZE)[:, 0]
+            seen[self.layer] = F.interpolate(shares.view(-1, 1, side, side), size=drawing.SIZE)[:, 0]
             return attn.to_out[0](scaled_dot_product(q, k, attn.to_v(encoder_hidden_states), attn.heads))
 
     watching = {f"{name}.processor": Watching(i) for i, name in enumerate(cross_attention(unet))}
@@ -154,8 +152,9 @@ def attention(bench: Bench) -> Rows:
     for layer, name in enumerate(cross_attention(unet)):
         scores = Scores()
         for picture, shares in zip(drawn, seen[layer].numpy(), strict=True):
-            for part, number in {**world.PARTS, "background": 0}.items():
-                scores.add(part, float(shares[picture.regions == number].mean()))
+            for part, number in {**drawing.PARTS, "background": 0}.items():
+                if (picture.regions == number).any():
+                    scores.add(part, float(shares[picture.regions == number].mean()))
         rows.append((name.replace(".transformer_blocks.0.attn2", ""), scores))
     return rows
 
@@ -170,30 +169,12 @@ def tokens(bench: Bench) -> Rows:
     return rows
 
 
-def remedies(bench: Bench) -> Rows:
-    """Encoders trained otherwise than the shipped one, against what it is worst at: see demo/README.md."""
-    rows = []
-    for name in sorted(bench.encoders):
-        match = VARIANT.fullmatch(name)
-        if not match:
-            continue
-        one = bench.measure(Condition("nested", name)).right
-        two = bench.measure(Condition("nested", name, pair=True), 0.67).right
-        edited = bench.measure(Condition("nested", name, edit=True), 0.5).right
-        right = {q: one[q] for q in ("identity", "alignment", "hat")}
-        right |= {"own": two["own"], "swapped": two["swapped"], "edit": edited["edit"], "rest": edited["identity"]}
-        changes = [f"value_norm {match['norm']}"] if match["norm"] else []
-        changes += [f"{match['steps']} steps"] if match["steps"] else []
-        rows.append((", ".join(changes) or "as shipped", Scores(right)))
-    return rows
-
-
 def views(bench: Bench) -> Rows:
     return [(f"{n} views", bench.measure(bench.condition("nested", views=n), 0.5)) for n in VIEWS]
 
 
 PARTS = {
-    "table": table, "pairs": pairs, "separation": separation, "apart": apart, "edits": edits, "strength": strength,
+    "table": table, "frontier": frontier, "pairs": pairs, "separation": separation, "apart": apart,
     "identity": identity, "focus": focus, "unconditional": unconditional, "tokens": tokens, "views": views,
-    "attention": attention, "remedies": remedies,
+    "attention": attention,
 }  # fmt: skip

@@ -18,7 +18,7 @@ from ..paths import STATE
 from ..server import Server
 from . import TITLES
 from .bench import Bench
-from .parts import PARTS, TOKENS
+from .parts import PARTS, REGIMES, TOKENS
 from .report import write_report
 
 WORK = STATE / "evaluation"
@@ -30,7 +30,9 @@ def evaluate(host: Path, run: Path, identities: int, only: Sequence[str] | None)
     models = WORK / "models"
     names = small_world.provide_models(models)
     encoders = provide_encoders(run, models / "nested_attention")
-    for wanted in ("one_value", "decoupled", *(f"nested_{n}_tokens" for n in TOKENS if n not in (1, 16))):
+    methods = [f"{method}{regime}" for method in ("nested", "one_value", "decoupled") for regime in REGIMES]
+    seeds = [f"{name}_seed{seed}" for name in methods for seed in (1, 2)]
+    for wanted in (*methods[1:], *seeds, *(f"nested_{n}_tokens" for n in TOKENS if n not in (1, 16))):
         if wanted not in encoders:
             say(f"no encoder {wanted} in {run}: left out. python demo/train.py --shipped --stage {wanted}")
     server = Server(host, WORK, models=models, only=packs)
