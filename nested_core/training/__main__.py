@@ -9,7 +9,9 @@ from dataclasses import fields
 from jsonargparse import ArgumentParser
 
 from ..errors import NestedAttentionError
+from .captions import make_captions
 from .config import TrainingConfig
+from .look import look
 from .loop import train
 from .report import dry_run
 
@@ -22,6 +24,17 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="a YAML file of the options below")
     parser.add_argument(
         "--dry_run", action="store_true", help="say what would be trained and what it needs, check the data, and stop"
+    )
+    parser.add_argument(
+        "--look",
+        action="store_true",
+        help="look at the data before any model is loaded, write a contact sheet, and stop",
+    )
+    parser.add_argument(
+        "--caption",
+        metavar="COMMAND",
+        help="write captions for pictures without one: a command that reads paths, one a line, and answers each with a "
+        "line; and stop",
     )
     parser.add_class_arguments(TrainingConfig)
     return parser
@@ -36,7 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         made = parser.instantiate(parsed)
         config = TrainingConfig(**{field.name: made[field.name] for field in fields(TrainingConfig)})
-        if made["dry_run"]:
+        if made["caption"]:
+            print(f"Captions written: {len(make_captions(config.data, made['caption']))}")
+        elif made["look"]:
+            return 0 if look(config)[1] else 1
+        elif made["dry_run"]:
             dry_run(config)
         else:
             print(f"The encoder: {train(config)}")
