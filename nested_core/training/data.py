@@ -42,6 +42,13 @@ class SubjectData:
         self._order = [picture for picture in self.pictures for _ in range(self.catalogue.repeats(picture))]
         if homeless := self.catalogue.homeless:
             log.warning("%d pictures lie in no subject's folder and are not used: %s", len(homeless), homeless[0])
+        whole = [p.sample.name for p in self.pictures if not (p.several or self.catalogue.is_cut(p.sample))]
+        if config.reference == "self" and whole:
+            log.warning(
+                "%d of %d pictures do not say where their subject is (landmarks, a box, a mask): their reference is "
+                "the whole picture, augmented. The first: %s",
+                len(whole), len(self.pictures), whole[0],
+            )  # fmt: skip
         self._numbers = {name: number for number, name in enumerate(self.catalogue.samples)}
         # Which broken pictures were named: one memory for all workers of this process.
         self._named = torch.zeros(len(self._numbers), dtype=torch.uint8).share_memory_()
