@@ -38,44 +38,45 @@ class SubjectData:
         self.catalogue = Catalogue(config)
         if self.catalogue.problems:
             raise NestedAttentionError("\n".join(map(str, self.catalogue.problems)))
-        self.pictures, self.views = self.catalogue.pictures, self.catalogue.views
-        self._order = [picture for picture in self.pictures for _ in range(self.catalogue.repeats(picture))]
+        self.views = self.catalogue.views
+        #: what an epoch shows, each as often as its folder says
+        self.pictures = [p for p in self.catalogue.pictures for _ in range(self.catalogue.repeats(p))]
         if homeless := self.catalogue.homeless:
             log.warning("%d pictures lie in no subject's folder and are not used: %s", len(homeless), homeless[0])
-        whole = [p.sample.name for p in self.pictures if not (p.several or self.catalogue.is_cut(p.sample))]
+        whole = [p.sample.name for p in self.catalogue.pictures if not (p.several or self.catalogue.is_cut(p.sample))]
         if config.reference == "self" and whole:
             log.warning(
                 "%d of %d pictures do not say where their subject is (landmarks, a box, a mask): their reference is "
                 "the whole picture, augmented. The first: %s",
-                len(whole), len(self.pictures), whole[0],
+                len(whole), len(self.catalogue.pictures), whole[0],
             )  # fmt: skip
         self._numbers = {name: number for number, name in enumerate(self.catalogue.samples)}
         # Which broken pictures were named: one memory for all workers of this process.
         self._named = torch.zeros(len(self._numbers), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self.pictures)
 
     def __repr__(self) -> str:
-        return f"{len(self.pictures)} captioned pictures of {len(self.views)} subjects"
+        return f"{len(self.catalogue.pictures)} captioned pictures of {len(self.views)} subjects"
 
     def draw(self, index: int, rng: random.Random) -> Example:
         """An example with this picture as its target; with another's, where it is broken and `broken` is "skip"."""
         for _ in range(_TRIES):
-            picture = self._order[index]
+            picture = self.pictures[index]
             example = self._unbroken(picture.sample, partial(self._example, picture, rng))
             if example is not None:
                 return example
             # Drawn again whether it is known to be broken or not: what is drawn depends on the position alone.
-            index = rng.randrange(len(self._order))
+            index = rng.randrange(len(self.pictures))
         raise NestedAttentionError(
-            f"{_TRIES} pictures in a row can't be read, {self._order[index].sample.name} among them. Look at what is "
+            f"{_TRIES} pictures in a row can't be read, {self.pictures[index].sample.name} among them. Look at what is "
             "there with --look."
         )
 
     def captions(self) -> Iterator[Example]:
         """Every caption that is long enough to lose its end in a text encoder, as an example without pictures."""
-        for picture in self.pictures:
+        for picture in self.catalogue.pictures:
             for caption in picture.captions:
                 if len(caption) > 70:
                     who = [ExampleSubject(*found[:2], ()) for found in self.catalogue.bindings(picture, caption)]

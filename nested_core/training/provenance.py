@@ -52,9 +52,9 @@ def trained_on(run: Run, step: int, examples: int) -> dict[str, Any]:
     return {
         **said,
         "resolution": config.data.resolution,
-        "pictures": len({picture.sample.name for picture in data.pictures}),
+        "pictures": len(data.catalogue.pictures),
         "subjects": len(data.views),
-        "captions": sum(len(picture.captions) for picture in data.pictures),
+        "captions": sum(len(picture.captions) for picture in data.catalogue.pictures),
         "class_words": dict(words.most_common(_WORDS)),
     }
 
