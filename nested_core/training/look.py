@@ -32,7 +32,11 @@ _FEW = 8  # cases that are listed
 
 @dataclass
 class Seen:
-    """One picture, looked at. error: why it can't be read, or what is wrong with its mask; then the rest is None."""
+    """One picture, looked at.
+
+    error: why it can't be read, or what is wrong with its mask; then the rest is None. thumbnail: for the contact
+    sheet, of those that are on it.
+    """
 
     sample: Sample
     size: tuple[int, int] | None = None
@@ -50,7 +54,8 @@ def look(config: TrainingConfig) -> tuple[str, bool]:
     # Every picture once; what is kept of each is small. Pillow decodes outside of Python's lock.
     with ThreadPoolExecutor(max(1, config.workers)) as pool:
         pictured = [sample for sample in catalogue.samples.values() if sample.picture]
-        seen = list(pool.map(lambda sample: _seen(sample, catalogue.places.get(sample.name)), pictured))
+        drawn = _on_sheet(catalogue, pictured)
+        seen = list(pool.map(lambda s: _seen(s, catalogue.places.get(s.name), s.name in drawn), pictured))
     broken = [f"{one.sample.name}: {one.error}" for one in seen if one.error]
     stops = bool(catalogue.problems) or (bool(broken) and config.data.broken == "stop")
     lines = [*_counts(catalogue), *_sizes(seen, config.data), ""]
@@ -63,7 +68,7 @@ def look(config: TrainingConfig) -> tuple[str, bool]:
         lines += [*_cases(title, cases), ""]
     sheet = Path(config.output) / "look.png"
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(catalogue, seen).save(sheet)
+    contact_sheet(catalogue, [one for one in seen if one.sample.name in drawn]).save(sheet)
     lines += [f"Contact sheet: {sheet}", "A training would stop at this." if stops else "A training can begin."]
     text = "\n".join(lines)
     print(text)
@@ -75,7 +80,13 @@ def _cases(title: str, cases: Sequence[str]) -> list[str]:
     return [title, *(f"  {case}" for case in cases[:_FEW]), *more]
 
 
-def _seen(sample: Sample, place: Place | None) -> Seen:
+def _on_sheet(catalogue: Catalogue, pictured: Sequence[Sample]) -> set[str]:
+    """The first pictures of as many subjects as the contact sheet has room for, by name."""
+    rank = {sample.name: i for views in catalogue.views.values() for i, sample in enumerate(views)}
+    return {s.name for s in sorted(pictured, key=lambda s: (rank.get(s.name, 0), s.name))[:_CELLS]}
+
+
+def _seen(sample: Sample, place: Place | None, drawn: bool) -> Seen:
     try:
         image = picture_of(sample)
         mask = mask_of(sample, image)
@@ -86,6 +97,8 @@ def _seen(sample: Sample, place: Place | None) -> Seen:
         return Seen(sample, error="its mask is black, or nearly: it should be white (255) where the subject is.")
     image = flat(image)
     small = to_tensor(image.resize((_GRID, _GRID), Image.Resampling.BOX)).flatten()
+    if not drawn:
+        return Seen(sample, size, small=small)
     thumbnail = image.copy()
     thumbnail.thumbnail((_CELL, _CELL))
     if outline := _outline(place, mask):
@@ -188,11 +201,10 @@ def near_duplicates(catalogue: Catalogue, seen: Sequence[Seen]) -> list[tuple[st
     return pairs
 
 
-def contact_sheet(catalogue: Catalogue, seen: Sequence[Seen]) -> Image.Image:
-    """The first pictures of as many subjects as there is room for, with what a reference would be cut to outlined."""
-    order = {sample.name: (i, subject) for subject, views in catalogue.views.items() for i, sample in enumerate(views)}
-    shown = sorted(seen, key=lambda one: (order.get(one.sample.name, (0, ""))[0], one.sample.name))[:_CELLS]
-    shown.sort(key=lambda one: one.sample.name)
+def contact_sheet(catalogue: Catalogue, shown: Sequence[Seen]) -> Image.Image:
+    """Pictures with their names and class words, and with what a reference would be cut to outlined."""
+    whose = {sample.name: subject for subject, views in catalogue.views.items() for sample in views}
+    shown = sorted(shown, key=lambda one: one.sample.name)
     font, line, gap = typeface(13), 18, 8
     columns = min(_COLUMNS, max(1, len(shown)))
     rows = -(-len(shown) // columns)
@@ -206,8 +218,8 @@ def contact_sheet(catalogue: Catalogue, seen: Sequence[Seen]) -> Image.Image:
             sheet.paste(one.thumbnail, at)
         else:
             draw.text((x + _CELL / 2, y + _CELL / 2), "can't be read", FAINT, font, anchor="mm")
-        subject = order.get(one.sample.name, (0, ""))[1]
-        for text, colour, below in ((one.sample.name, INK, 0), (catalogue.classes.get(subject, ""), FAINT, line)):
+        word = catalogue.classes.get(whose.get(one.sample.name, ""), "")
+        for text, colour, below in ((one.sample.name, INK, 0), (word, FAINT, line)):
             draw.text((x, y + _CELL + below), _short(text, font), colour, font)
     return sheet
 

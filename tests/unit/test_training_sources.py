@@ -397,3 +397,12 @@ def test_photographs_that_differ_are_no_duplicates(tmp_path):
     said, fine = look(TrainingConfig(output=str(tmp_path / "run"), data=config(tmp_path, captions=["{subject}"])))
     assert fine and "duplicates" not in said
     assert f"{len(names)} subjects have one picture" in said
+
+
+def test_the_contact_sheet_shows_a_bounded_number_and_as_many_subjects_as_it_can(tmp_path):
+    for subject in range(60):
+        for name in ("1", "2"):
+            put(tmp_path / f"{subject:02}" / f"{name}.png", photo("coffee", (16, 16)))
+    look(TrainingConfig(output=str(tmp_path / "run"), data=config(tmp_path, captions=["{subject}"])))
+    rows = 96 // 8  # 60 first pictures, 36 second ones
+    assert Image.open(tmp_path / "run" / "look.png").size == (8 + 8 * 168, 8 + rows * 204)
