@@ -128,8 +128,8 @@ class Catalogue:
     def _several(self, sample: Sample) -> dict[str, str]:
         """Placeholder -> subject, where 01.json says that several are in a picture."""
         subjects = sample.said.get("subjects")
-        if subjects is None:
-            return {}
+        if subjects is None or ("json" not in sample.files and not isinstance(subjects, dict)):
+            return {}  # a table's column of that name may be anything
         if not (isinstance(subjects, dict) and subjects and all(isinstance(n, str) for n in subjects.values())):
             raise NestedAttentionError(
                 f'{sample.name}.json: "subjects" should map placeholders to subject folders, as in '
