@@ -29,7 +29,17 @@ NOTHING_COLLECTED = 5  # pytest's exit code
 # Long, and not about the host's version: these run in the newest ComfyUI alone, unless they are asked for.
 ONCE = [
     f"tests/host/test_{name}.py"
-    for name in ("frontend", "fuzz", "installs", "parity", "pretended_gpu", "shipped_world", "small_world", "training")
+    for name in (
+        "frontend",
+        "fuzz",
+        "installs",
+        "parity",
+        "pretended_gpu",
+        "shipped_world",
+        "small_world",
+        "training",
+        "training_guide",
+    )  # fmt: skip
 ]
 # With models of full size: in the newest and the oldest ComfyUI, not in those between.
 AT_BOTH_ENDS = ["tests/host/test_server.py"]

@@ -16,6 +16,7 @@ LayerInit = Literal["auto", "file", "unet", "random", "zero"]
 Schedule = Literal["constant", "cosine", "linear"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 CacheKind = Literal["none", "memory", "disk"]
+Layout = Literal["subjects", "pictures", "kohya"]
 
 
 def _check_choices(section: Any) -> None:
@@ -70,30 +71,52 @@ class DataConfig:
     """Where examples come from and how they are prepared. Layout: docs/training.md.
 
     Attributes:
-        folders: folders that hold one folder per subject.
+        folders: folders of pictures, as `layout` says, or of a data set that `datasets` saved to disk.
         shards: webdataset shards: paths or addresses, braces expanded ("data/{0000..0041}.tar").
         shard_cache: folder that shards with an address are copied to.
-        class_word: what subjects are, where they have no class.txt.
+        layout: what is one subject. "subjects": a folder of pictures. "pictures": every picture is a subject of its
+            own. "kohya": a folder named by repeats and class word ("10_golden retriever"). A column of metadata.jsonl
+            that says the subject wins over it.
+        class_word: what subjects are, where nothing else says so (class.txt, metadata.jsonl, kohya's folder).
         placeholder: the word in captions that stands for the subject; captions may also use the class word itself.
+        captions: for pictures whose own caption does not mention the subject, or who have none. "{subject}" becomes
+            the placeholder, "{caption}" the picture's own caption; those with it are for pictures that have one. One
+            is drawn each time.
+        caption_column: of metadata.jsonl and `datasets`: the caption, or several.
+        subject_column: of the same: who it is.
+        class_column: of the same: the class word.
+        broken: at a picture that can't be read: "stop", or "skip" it, naming it once.
         resolution: side of the square target picture, in pixels; a multiple of 8.
         crop: of targets that are not square: random or centre.
+        reference: where the picture that the encoder is shown comes from, unless one is said (01.reference.png):
+            "others", the subject's other pictures, or the target itself, augmented, where there are none; "self",
+            always the target itself, cut to the subject by its landmarks, box or mask, as in the paper.
+        margin: room around what a reference is cut to (a face's square, a box, a mask), in sides of it.
         references: pictures of a subject that are shown per example, at most; fewer where it has fewer. A random
             number from 1 to this where `vary_references`.
         vary_references: see `references`.
         fit: how a reference becomes the square that the vision tower sees, as in Encode Subject: crop or pad.
-        use_masks: paint over what lies outside a reference's mask, where it has one.
-        augment: share of references that are augmented (cropped, mirrored, colours shifted). Where a subject has a
-            single picture, which is then target and reference, always.
+        use_masks: paint over what lies outside a reference's mask, where it has one. If not, it is cut to the mask.
+        augment: share of references that are augmented (cropped, mirrored, colours shifted). Where target and
+            reference are the same picture and it is not cut, always.
         flip: share of examples whose target is mirrored.
     """
 
     folders: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
     shard_cache: str = "shard_cache"
+    layout: Layout = "subjects"
     class_word: str = ""
     placeholder: str = "<subject>"
+    captions: list[str] = field(default_factory=list)
+    caption_column: str = "text"
+    subject_column: str = "subject"
+    class_column: str = "class"
+    broken: Literal["stop", "skip"] = "stop"
     resolution: int = 1024
     crop: Literal["random", "centre"] = "random"
+    reference: Literal["others", "self"] = "others"
+    margin: float = 0.0
     references: int = 1
     vary_references: bool = False
     fit: Literal["crop", "pad"] = "crop"
@@ -105,8 +128,15 @@ class DataConfig:
         _check_choices(self)
         _check_range(self, ("resolution", "references"), 1)
         _check_range(self, ("augment", "flip"), 0, 1)
+        _check_range(self, ("margin",), 0, 4)
         if self.resolution % 8:
             raise NestedAttentionError(f"resolution is {self.resolution}; expected a multiple of 8 (the VAE's step).")
+        for caption in self.captions:
+            if "{subject}" not in caption:
+                raise NestedAttentionError(
+                    f'data.captions has "{caption}", which does not say where the subject stands: write {{subject}} '
+                    'into it, as in "a photo of {subject}".'
+                )
 
 
 @dataclass

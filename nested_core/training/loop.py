@@ -37,6 +37,7 @@ from .journal import Callback, Journal
 from .model import SubjectDenoiser
 from .objective import denoising_loss, make_optimiser
 from .precision import mixed, settled
+from .provenance import trained_on
 from .samples import write_samples
 
 log = logging.getLogger(__name__)
@@ -286,7 +287,8 @@ class Trainer:
     def _export(self) -> None:
         if self.accelerator.is_main_process:
             with self.averaged():
-                export(Path(self.config.output) / "encoder.safetensors", self.run.model)
+                trained = trained_on(self.run, self.step, self.samples)
+                export(Path(self.config.output) / "encoder.safetensors", self.run.model, trained)
 
     def _write_samples(self) -> None:
         if self.accelerator.is_main_process:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...checkpoint import load_encoder
 from ...errors import NestedAttentionError
 from ...layers import CrossAttentionLayer, Family, described_family, family_of, family_with, register
+from ...metadata import describe_training
 from ...towers import of_width
 from .values import HostEncoder
 
@@ -66,6 +67,8 @@ def load_host_encoder(path: str, name: str, **overrides: Unpack[Overrides]) -> H
         module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
     )
     log.info("%s: %s", name, module.config.title)
+    if trained := describe_training(module.config.training):
+        log.info("%s: %s", name, trained)
     return HostEncoder(patcher, module.config, name)
 
 
