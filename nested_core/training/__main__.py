@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from types import FrameType
 
 from jsonargparse import ArgumentParser
 
 from ..errors import NestedAttentionError
+from .checkpoints import going_on
 from .config import TrainingConfig
 from .loop import train
 from .report import dry_run
@@ -29,7 +35,8 @@ def make_parser() -> ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 1, with a message, where something does not fit."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = int(os.environ.get("RANK", "0")) == 0  # the launcher says it before anything is set up
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     parser = make_parser()
     parsed = parser.parse_args(arguments)
@@ -38,12 +45,32 @@ def main(arguments: list[str] | None = None) -> int:
         config = TrainingConfig(**{field.name: made[field.name] for field in fields(TrainingConfig)})
         if made["dry_run"]:
             dry_run(config)
-        else:
-            print(f"The encoder: {train(config)}")
+            return 0
+        with termination_told(config):
+            path = train(config)
+        if first:
+            print(f"The encoder: {path}")
     except NestedAttentionError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def termination_told(config: TrainingConfig) -> Iterator[None]:
+    """A SIGTERM ends the run with a message: a launcher sends it to the processes that are left when one has failed.
+
+    Raises NestedAttentionError.
+    """
+
+    def ended(number: int, frame: FrameType | None) -> None:
+        raise NestedAttentionError(f"The run was ended from outside (SIGTERM). {going_on(config)}")
+
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -40,15 +40,16 @@ class Journal:
 
     def write(self, step: int, rate: float, norm: Tensor | None) -> dict[str, float]:
         """Logs an entry and starts the next one."""
-        mean = self.accelerator.reduce(self.loss / self.passes, "mean")
+        ours = torch.stack([self.loss / self.passes, self.loss.new_tensor(self.bound / self.rows)])
+        mean, bound = self.accelerator.reduce(ours, "mean").tolist()
         seconds = max(time.monotonic() - self.begun, 1e-9)
         entry = {
             "step": step,
-            "loss": float(mean),
+            "loss": mean,
             "rate": rate,
             **({} if norm is None else {"grad_norm": float(norm)}),
             "examples_per_second": self.rows * self.accelerator.num_processes / seconds,
-            "bound": self.bound / self.rows,
+            "bound": bound,
         }
         if self.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as file:

@@ -91,6 +91,11 @@ def accelerated(config: TrainingConfig) -> Iterator[Accelerator]:
         AcceleratorState._reset_state(reset_partial_state=False)
 
 
+def noise_generator(seed: int, position: int) -> torch.Generator:
+    """Of the noise and the timestep of the example at a position of the run."""
+    return torch.Generator().manual_seed(rng_of(seed, "noise", position).getrandbits(63))
+
+
 def frozen_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """The type of the frozen weights: what the config says, else the precision's, but fp32 on a CPU."""
     if config.base.dtype != "auto":
@@ -141,9 +146,9 @@ def train(
 
     Raises NestedAttentionError for whatever does not fit, before the first step where possible.
     """
-    resume = checkpoints.to_resume(config)
+    resume = checkpoints.agreed_resume(config)
     config = settled(config, resume)
-    with accelerated(config) as accelerator:
+    with accelerated(config) as accelerator, checkpoints.loss_of_a_process_told(accelerator, config):
         run = prepare(config, accelerator, base, data)
         if config.gradient_checkpointing:
             run.base.unet.enable_gradient_checkpointing()
@@ -189,6 +194,7 @@ class Trainer:
             output.mkdir(parents=True, exist_ok=True)
             (output / "config.json").write_text(json.dumps(asdict(config), indent=2), "utf-8")
         accelerator.wait_for_everyone()
+        checkpoints.check_shared(config, accelerator)
         if config.tracker != "none":
             accelerator.init_trackers("logs")
         if resume is not None:
@@ -246,13 +252,12 @@ class Trainer:
         accelerator, options = self.accelerator, self.config.optimiser
         conditions = self.run.frozen.conditions(batch)
         latents = self.run.frozen.latents(batch)
-        generator = torch.Generator().manual_seed(
-            rng_of(self.config.seed, "noise", self.samples, accelerator.process_index).getrandbits(63)
-        )
+        # By position, not by process: so it is the same however many processes share the work.
+        generators = [noise_generator(self.config.seed, position) for position in batch.positions]
         with accelerator.accumulate(self.model):
             loss = denoising_loss(
                 lambda noisy, times: self.model(noisy, times, conditions),
-                self.run.noise, latents, generator, self.config.loss, batch.weights,
+                self.run.noise, latents, generators, self.config.loss, batch.weights,
             )  # fmt: skip
             accelerator.backward(loss)
             if accelerator.sync_gradients and options.max_grad_norm:

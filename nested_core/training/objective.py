@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ def denoising_loss(
     predict: Callable[[Tensor, Tensor], Tensor],
     scheduler: Any,
     latents: Tensor,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     options: LossConfig,
     weights: Tensor | None = None,
 ) -> Tensor:
@@ -29,15 +29,17 @@ def denoising_loss(
         predict: (noisy latents, timesteps) -> prediction, of the scheduler's prediction type.
         scheduler: diffusers' DDPMScheduler or one like it; adds the noise.
         latents: x0 (B, C, H, W).
-        generator: of noise and timesteps, on the CPU whatever the device, so that every device has the same.
+        generators: of each row's noise and timestep, on the CPU whatever the device, so that every device has the same;
+            one per row, so that a row has the same in whatever batch it is.
         options: Min-SNR weights, where wanted.
         weights: of the picture's pixels (B, H', W'), mean 1, or None.
 
     Raises NestedAttentionError for a prediction type that is none of noise, velocity and picture.
     """
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
     steps = scheduler.config["num_train_timesteps"]
-    times = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
+    drawn = [(torch.randn(latents.shape[1:], generator=g), torch.randint(steps, (1,), generator=g)) for g in generators]
+    noise = torch.stack([row for row, _ in drawn]).to(latents)
+    times = torch.cat([time for _, time in drawn]).to(latents.device)
     noisy = scheduler.add_noise(latents, noise, times)
     kind = scheduler.config["prediction_type"]
     if kind == "epsilon":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .base import BaseModel
-from .checkpoints import to_resume
+from .checkpoints import agreed_resume
 from .config import TrainingConfig
 from .data import SubjectData
 from .loop import Run, accelerated, prepare
@@ -26,14 +26,15 @@ def dry_run(config: TrainingConfig, base: BaseModel | None = None, data: Any | N
 
     Raises NestedAttentionError as `train`.
     """
-    resume = to_resume(config)
+    resume = agreed_resume(config)
     config = settled(config, resume)
     with accelerated(config) as accelerator:
         run = prepare(config, accelerator, base, data)
         batch = run.collate([run.draws[position] for position in range(config.batch_size)])
         costs = unet_costs(run)
         picture = Path(config.output) / "first_batch.png"
-        show_batch(batch, picture)
+        if accelerator.is_main_process:
+            show_batch(batch, picture)
         lines = [
             f"Data: {run.draws.data!r}" if isinstance(run.draws.data, SubjectData) else f"Data: {len(run.draws.data)}",
             f"Base: {run.base.name or 'unnamed'}, {run.base.family.title}",
