@@ -37,8 +37,11 @@ def found_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def save(accelerator: Accelerator, config: TrainingConfig, step: int, samples: int) -> None:
-    """Writes a checkpoint beside the others, then renames it: an interrupted one never counts."""
+def save(accelerator: Accelerator, config: TrainingConfig, step: int, samples: int, validation: dict[str, Any]) -> bool:
+    """Writes a checkpoint beside the others, then renames it: an interrupted one never counts.
+
+    validation: its figures and its subjects, or nothing. Returns whether it is the best one that there is.
+    """
     folder = folder_of(config)
     temporary = folder / f".step-{step:08}.part"
     if accelerator.is_main_process:
@@ -53,21 +56,35 @@ def save(accelerator: Accelerator, config: TrainingConfig, step: int, samples: i
         ) from error
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
-        return
+        return False
     said = {
         "step": step,
         "samples": samples,
         "seed": config.seed,
         "shape": _shape(config),
         "per_step": _per_step(config, accelerator),
+        **({"validation": validation} if validation else {}),
     }
     (temporary / "run.json").write_text(json.dumps(said, indent=2), "utf-8")
     _flush(temporary)
     final = folder / f"step-{step:08}"
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
+    best = best_checkpoint(folder, validation)
     for old in found_checkpoints(folder)[: -config.keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != best:
+            shutil.rmtree(old, ignore_errors=True)
+    return best == final
+
+
+def best_checkpoint(folder: Path, validation: dict[str, Any]) -> Path | None:
+    """The checkpoint whose subjects help most, of those that were measured on the same held-out subjects."""
+    gains: dict[Path, float] = {}
+    for path in found_checkpoints(folder):
+        said = json.loads((path / "run.json").read_text("utf-8")).get("validation", {})
+        if said and said["subjects"] == validation.get("subjects"):
+            gains[path] = said["validation_gain"]
+    return max(gains, key=gains.__getitem__, default=None)
 
 
 def to_resume(config: TrainingConfig) -> Path | None:

@@ -278,6 +278,30 @@ class SampleConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """Subjects that are not trained on, to measure the encoder with at every checkpoint (and at the start).
+
+    Attributes:
+        share: of the subjects, chosen by their names, two at least; 0: none.
+        subjects: names of subjects (folders) that are held out too.
+        pictures: of each held-out subject, at most.
+    """
+
+    share: float = 0.0
+    subjects: list[str] = field(default_factory=list)
+    pictures: int = 2
+
+    def __post_init__(self) -> None:
+        _check_range(self, ("share",), 0, 0.9)
+        _check_range(self, ("pictures",), 1)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any are held out."""
+        return self.share > 0 or bool(self.subjects)
+
+
+@dataclass
 class TrainingConfig:
     """A whole run.
 
@@ -293,7 +317,7 @@ class TrainingConfig:
         workers: processes that read data; 0: the training process itself.
         cpu: train on the CPU even where there is a GPU.
         save_every: steps between checkpoints; 0: only at the end.
-        keep: checkpoints that are kept, the newest.
+        keep: checkpoints that are kept, the newest; and the best one, where subjects are held out.
         resume: "auto" goes on from the newest checkpoint in `output`, "never" starts anew (in an empty folder), and a
             path goes on from that checkpoint.
         log_every: steps between log entries.
@@ -307,6 +331,7 @@ class TrainingConfig:
         optimiser: how it learns.
         loss: what it learns from.
         samples: pictures on the way.
+        validation: held-out subjects.
     """
 
     output: str = "runs/encoder"
@@ -332,6 +357,7 @@ class TrainingConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         _check_choices(self)

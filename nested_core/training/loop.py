@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +24,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
-from ..files import PRECISIONS
+from ..errors import NestedAttentionError
+from ..files import PRECISIONS, few
 from . import checkpoints
 from .base import BaseModel, load_base
 from .config import TrainingConfig
+from .costs import memory_of, unet_costs
 from .data import SubjectData
-from .examples import Batch, Collate, Draws, rng_of
+from .examples import Batch, Collate, Draws, Example, rng_of
 from .export import export
 from .frozen import FrozenEncoders, make_cache
 from .initial import make_encoder
@@ -38,6 +40,7 @@ from .model import SubjectDenoiser
 from .objective import denoising_loss, make_optimiser
 from .precision import mixed, settled
 from .samples import write_samples
+from .validation import HeldOut, Validation, Validator, split
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ class Run:
     frozen: FrozenEncoders
     model: SubjectDenoiser
     noise: Any
+    held_out: HeldOut
 
 
 @contextmanager
@@ -103,7 +107,13 @@ def frozen_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else PRECISIONS[config.precision]
 
 
-def prepare(config: TrainingConfig, accelerator: Accelerator, base: BaseModel | None, data: Any | None) -> Run:
+def prepare(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    base: BaseModel | None,
+    data: Any | None,
+    validation: Sequence[Example] = (),
+) -> Run:
     """Loads what is not given, puts it on the device, makes the encoder."""
     set_seed(config.seed)
     device = accelerator.device
@@ -119,6 +129,9 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, base: BaseModel | 
     if isinstance(data, SubjectData):
         for caption in data.captions():
             collate.read(caption)  # finds words beyond what the text encoder reads before the first step
+        data, held_out = split(data, config.validation)
+    else:
+        held_out = held_out_of(validation, config)
     cache = make_cache(config.cache, config.cache_gb, Path(config.output) / "cache")
     size = base.vision.image_size
     return Run(
@@ -130,11 +143,35 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, base: BaseModel | 
         frozen=FrozenEncoders(base, device, dtype, config.encoder.image_features, cache),
         model=SubjectDenoiser(encoder, base.unet, config.encoder.method, config.encoder.learn_alpha),
         noise=DDPMScheduler.from_config(base.scheduler.config),
+        held_out=held_out,
     )
 
 
+def held_out_of(examples: Sequence[Example], config: TrainingConfig) -> HeldOut:
+    """Held-out subjects of a data set that was given: one per example.
+
+    Raises NestedAttentionError: fewer than two; one without a subject or with several; a share is to be chosen.
+    """
+    if config.validation.wanted:
+        raise NestedAttentionError(
+            "validation.share and validation.subjects choose from data.folders and data.shards; here a data set was "
+            "given. Give train() the held-out examples, as `validation`."
+        )
+    wrong = [example.name or str(i) for i, example in enumerate(examples) if len(example.subjects) != 1]
+    if wrong or len(examples) == 1:
+        raise NestedAttentionError(
+            f"`validation` has {len(examples)} example(s); expected two or more, each of one subject, so that one can "
+            f"be shown another's photo. Not of one subject: {few(wrong) or 'none'}."
+        )
+    return {f"{i} {example.name}".strip(): [example] for i, example in enumerate(examples)}
+
+
 def train(
-    config: TrainingConfig, base: BaseModel | None = None, data: Any | None = None, callback: Callback | None = None
+    config: TrainingConfig,
+    base: BaseModel | None = None,
+    data: Any | None = None,
+    callback: Callback | None = None,
+    validation: Sequence[Example] = (),
 ) -> Path:
     """Trains an encoder and returns the exported file, `config.output`/encoder.safetensors.
 
@@ -142,14 +179,16 @@ def train(
         config: the run.
         base: the frozen models; None loads what `config.base` names.
         data: a map-style data set of `Example`s, or `RandomExamples`; None reads what `config.data` names.
-        callback: is given each log entry: step, loss, rates, gradient norm, examples per second.
+        callback: is given each log entry: step, loss, rates, gradient norm, examples per second and so on; and those of
+            validations, which have step and their figures.
+        validation: where `data` is given, an example of each held-out subject, one subject in each.
 
     Raises NestedAttentionError for whatever does not fit, before the first step where possible.
     """
     resume = checkpoints.agreed_resume(config)
     config = settled(config, resume)
     with accelerated(config) as accelerator, checkpoints.loss_of_a_process_told(accelerator, config):
-        run = prepare(config, accelerator, base, data)
+        run = prepare(config, accelerator, base, data, validation)
         if config.gradient_checkpointing:
             run.base.unet.enable_gradient_checkpointing()
         try:
@@ -183,7 +222,9 @@ class Trainer:
         if self.ema:
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
+        self.validator = Validator(run, run.held_out) if run.held_out else None
         self.step = self.samples = 0
+        self.forecast: float | None = None
         self.grad_norm: Tensor | None = None
 
     def train(self, resume: Path | None) -> Path:
@@ -203,6 +244,9 @@ class Trainer:
                 self.ema.to(accelerator.device)  # accelerate loads what is registered on the CPU
             log.info("going on from %s", resume)
         begun = saved = self.step
+        self.journal = Journal(accelerator, output, range(begun, config.steps), self.callback)
+        if self.validator and not begun:
+            self._validate()  # where the curve begins
         for _ in self._steps():
             if config.save_every and self.step % config.save_every == 0:
                 saved = self.step
@@ -232,7 +276,7 @@ class Trainer:
             persistent_workers=config.workers > 0,
         )
         bar = tqdm(total=config.steps, initial=self.step, disable=not accelerator.is_main_process, desc="steps")
-        journal = Journal(accelerator, Path(config.output), self.callback)
+        journal = self.journal
         with bar:
             for batch in batches:
                 loss = self._pass(batch)
@@ -245,6 +289,7 @@ class Trainer:
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     entry = journal.write(self.step, float(self.schedule.get_last_lr()[-1]), self.grad_norm)
                     bar.set_postfix(loss=f"{entry['loss']:.4f}")
+                    self._compare_memory(entry)
                 yield
 
     def _pass(self, batch: Batch) -> Tensor:
@@ -284,14 +329,35 @@ class Trainer:
         finally:
             self.ema.restore(self.parameters)
 
-    def _save(self) -> None:
-        checkpoints.save(self.accelerator, self.config, self.step, self.samples)
-        self._export()
+    def _compare_memory(self, entry: dict[str, float]) -> None:
+        """Once a run: what the dry run would have said of the memory, beside what it is."""
+        if self.forecast is None and self.accelerator.is_main_process:
+            self.forecast = sum(memory_of(self.run, unet_costs(self.run)).values()) / 1e9
+            log.info("memory: %.2f GB; the forecast was %.2f GB", entry["memory_gb"], self.forecast)
 
-    def _export(self) -> None:
+    def _validate(self) -> Validation:
+        """The averaged weights on the held-out subjects, in all processes together; logged."""
+        assert self.validator is not None
+        with self.averaged():
+            found = self.validator.measure()
+        self.journal.note({"step": self.step, **found.figures()})
+        if self.accelerator.is_main_process:
+            log.info("step %d, %s", self.step, found)
+        return found
+
+    def _save(self) -> None:
+        said: dict[str, Any] = {}
+        if self.validator:
+            said = {"subjects": list(self.run.held_out), **self._validate().figures()}
+        best = checkpoints.save(self.accelerator, self.config, self.step, self.samples, said)
+        self._export()
+        if best:
+            self._export("encoder-best.safetensors")
+
+    def _export(self, name: str = "encoder.safetensors") -> None:
         if self.accelerator.is_main_process:
             with self.averaged():
-                export(Path(self.config.output) / "encoder.safetensors", self.run.model)
+                export(Path(self.config.output) / name, self.run.model)
 
     def _write_samples(self) -> None:
         if self.accelerator.is_main_process:

@@ -42,20 +42,28 @@ def denoising_loss(
     times = torch.cat([time for _, time in drawn]).to(latents.device)
     noisy = scheduler.add_noise(latents, noise, times)
     kind = scheduler.config["prediction_type"]
-    if kind == "epsilon":
-        target = noise
-    elif kind == "v_prediction":
-        target = scheduler.get_velocity(latents, noise, times)
-    elif kind == "sample":
-        target = latents
-    else:
-        raise NestedAttentionError(
-            f'The base model\'s scheduler predicts "{kind}"; expected epsilon, v_prediction or sample.'
-        )
+    target = target_of(scheduler, latents, noise, times)
     error = F.mse_loss(predict(noisy, times).float(), target.float(), reduction="none").mean(1)  # (B, H, W)
     if weights is not None:
         error = error * F.interpolate(weights[:, None].to(error), size=error.shape[1:], mode="area")[:, 0]
     return (error.mean((1, 2)) * _time_weights(scheduler, times, kind, options.min_snr_gamma)).mean()
+
+
+def target_of(scheduler: Any, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    """What the U-Net is to predict, (B, C, H, W): noise, velocity or picture, as the scheduler says.
+
+    Raises NestedAttentionError for another prediction type.
+    """
+    kind = scheduler.config["prediction_type"]
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, times)
+    if kind == "sample":
+        return latents
+    raise NestedAttentionError(
+        f'The base model\'s scheduler predicts "{kind}"; expected epsilon, v_prediction or sample.'
+    )
 
 
 def _time_weights(scheduler: Any, times: Tensor, kind: str, gamma: float | None) -> Tensor:

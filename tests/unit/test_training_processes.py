@@ -17,86 +17,29 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-import yaml
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-import demo
+from narrow_training import arguments, assert_same_run, checkpoint, entries, newest, save_config
+from nested_core.errors import NestedAttentionError
+from nested_core.training import TrainingConfig
 from nested_core.training.__main__ import main
+from nested_core.training.checkpoints import check_shared
+from nested_core.training.loop import accelerated
 
 ROOT = Path(__file__).parents[2]
+TOGETHER = {"accumulation": 2, "validation__share": 0.3}
 LIMIT = 300  # seconds until a run is said to hang
-
-
-def save_base(folder):
-    """The narrowest small world, its vision tower, and five pictures of three dogs."""
-    torch.manual_seed(1)
-    letters = [chr(c) for c in range(33, 127)]
-    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    text = CLIPTextConfig(
-        vocab_size=190, hidden_size=128, intermediate_size=64, projection_dim=128, num_hidden_layers=1,
-        num_attention_heads=2, bos_token_id=188, eos_token_id=189, pad_token_id=189,
-    )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderTiny(latent_channels=4, encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
-                            num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77),
-        unet=UNet2DConditionModel(
-            in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 32),
-            down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-            attention_head_dim=2, cross_attention_dim=128, use_linear_projection=True,
-        ),
-        scheduler=DDIMScheduler(prediction_type="v_prediction", steps_offset=1, clip_sample=False),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.save_pretrained(folder / "base")
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, projection_dim=16, num_hidden_layers=2, num_attention_heads=2,
-        image_size=32, patch_size=8,
-    )  # fmt: skip
-    CLIPVisionModelWithProjection(vision).save_pretrained(folder / "vision")
-    for i in range(5):
-        place = folder / "pets" / f"dog{i % 3}" / f"{i}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((64, 64), 40 + 20 * i).convert("RGB").save(place)
-        place.with_suffix(".txt").write_text("a <subject> on grass\na dog" if i else "a dog and a <subject>")
 
 
 @pytest.fixture(scope="module")
 def configured(tmp_path_factory):
-    """A folder with models, pictures and config.yaml, which says all but output and how many share the work."""
-    folder = tmp_path_factory.mktemp("processes")
-    save_base(folder)
-    said = {
-        "steps": 4, "batch_size": 1, "cpu": True, "workers": 0, "precision": "fp32", "log_every": 1,
-        "base": {
-            "model": str(folder / "base"), "vision": str(folder / "vision"),
-            "family": str(Path(demo.__file__).parent / "family.json"),
-        },
-        "data": {"folders": [str(folder / "pets")], "class_word": "dog", "resolution": 64, "flip": 0.5},
-        "encoder": {"tokens": 4, "dim": 32, "depth": 1, "heads": 1, "dim_head": 32, "learn_alpha": True},
-        # A large epsilon: AdamW divides a gradient of nearly 0 by nearly 0, and rounding would decide its step.
-        "optimiser": {"warmup": 2, "ema": 0.9, "schedule": "cosine", "epsilon": 1.0e-4},
-        "loss": {"drop_text": 0.2, "drop_both": 0.2, "min_snr_gamma": 5},
-    }  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(said))
-    return folder
+    return save_config(tmp_path_factory.mktemp("processes"))
 
 
 def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
-
-
-def arguments(configured, output, **changes):
-    """Options of the command line; "__" stands for the dot in a name."""
-    options = {"config": configured / "config.yaml", "output": output, **changes}
-    return [part for name, value in options.items() for part in (f"--{name.replace('__', '.')}", str(value))]
 
 
 def launch(processes, given, machine=(), folder=ROOT):
@@ -132,46 +75,26 @@ def finished(process):
     return out, err
 
 
-def entries(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").open()]
-
-
-def checkpoint(output, step):
-    return output / "checkpoints" / f"step-{step:08}"
-
-
-def assert_same_run(one, other, step, since=0):
-    """Losses and weights of two runs are equal to rounding."""
-    for a, b in zip(entries(one)[since:], entries(other)[since:], strict=True):
-        assert a["step"] == b["step"] and a["bound"] == pytest.approx(b["bound"])
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), a["step"]
-    for name in (f"checkpoints/step-{step:08}/model.safetensors", "encoder.safetensors"):
-        ours, theirs = load_file(one / name), load_file(other / name)
-        assert ours.keys() == theirs.keys()
-        for key, tensor in ours.items():
-            torch.testing.assert_close(tensor, theirs[key], rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
-
-
 @pytest.fixture(scope="module")
 def alone(configured, tmp_path_factory):
     """One process with twice the batch."""
     output = tmp_path_factory.mktemp("alone") / "run"
-    assert main(arguments(configured, output, batch_size=2, accumulation=2)) == 0
+    assert main(arguments(configured, output, batch_size=2, **TOGETHER)) == 0
     return output
 
 
 def test_two_processes_are_one_with_twice_the_batch(configured, alone, tmp_path):
     """Also with accumulation; and one of them alone writes, logs and samples."""
     output = tmp_path / "run"
-    given = arguments(configured, output, accumulation=2, samples__every=4, samples__count=1, samples__steps=2)
+    given = arguments(configured, output, **TOGETHER, samples__every=4, samples__count=1, samples__steps=2)
     out, err = finished(launch(2, given))
     assert_same_run(output, alone, 4)
     assert out.count("The encoder: ") == 1
     assert sum("4/4" in line for line in err.replace("\r", "\n").splitlines() if line.startswith("steps: 100%")) >= 1
     assert [p.name for p in (output / "samples").iterdir()] == ["step-00000004.png"]
     assert len(list(output.rglob("events.out*"))) == 1
-    assert [entry["step"] for entry in entries(output)] == [1, 2, 3, 4]
+    # A validation at the start and one with the checkpoint.
+    assert [entry["step"] for entry in entries(output)] == [0, 1, 2, 3, 4, 4]
     said = json.loads((checkpoint(output, 4) / "run.json").read_text())
     assert said["samples"] == 16 and said["per_step"] == {"processes": 2, "batch_size": 1, "accumulation": 2}
     assert not list((output / "checkpoints").glob(".*"))
@@ -202,10 +125,6 @@ def bereft(configured, tmp_path_factory):
     os.kill(victim.pid, signal.SIGKILL)
     code, _, err = ended(process)
     return output, code, err
-
-
-def newest(output):
-    return max(int(path.name.split("-")[1]) for path in (output / "checkpoints").glob("step-*"))
 
 
 def test_a_process_that_dies_ends_the_run(bereft):
@@ -262,7 +181,7 @@ def test_goes_on_alone_with_as_many_examples(configured, bereft, tmp_path, caplo
 
 def test_two_machines_share_a_folder(configured, alone, tmp_path):
     output, port = tmp_path / "run", str(free_port())
-    given = arguments(configured, output, accumulation=2)
+    given = arguments(configured, output, **TOGETHER)
     machines = [
         launch(2, given, machine=("--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
                                   "--main_process_port", port))
@@ -273,14 +192,18 @@ def test_two_machines_share_a_folder(configured, alone, tmp_path):
     assert [out.count("The encoder: ") for out, _ in said] == [1, 0]
 
 
-def test_machines_that_share_no_folder_are_told(configured, tmp_path):
-    """Each has its own place under one relative path, as where nothing is mounted."""
-    port, machines = str(free_port()), []
-    for rank in range(2):
-        (tmp_path / str(rank)).mkdir()
-        machine = ("--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
-                   "--main_process_port", port)  # fmt: skip
-        machines.append(launch(2, arguments(configured, "run"), machine=machine, folder=tmp_path / str(rank)))
-    codes, errors = zip(*((code, err) for code, _, err in map(ended, machines)), strict=True)
-    assert all(codes)
-    assert "All machines of a run need the same output folder" in errors[1]
+def test_machines_that_share_no_folder_are_told(tmp_path):
+    """What process 0 has written is not there."""
+    with accelerated(TrainingConfig(output=str(tmp_path), tracker="none", cpu=True, precision="fp32")) as accelerator:
+        with pytest.raises(NestedAttentionError, match="All machines of a run need the same output folder"):
+            check_shared(TrainingConfig(output=str(tmp_path)), accelerator)
+
+
+def test_goes_on_with_another_accumulation(configured, tmp_path):
+    """Stopped after an odd number of passes, two passes a step are two from the first on."""
+    for name in ("wide", "long"):
+        assert main(arguments(configured, tmp_path / name, steps=1, optimiser__schedule="constant")) == 0
+    changes = {"steps": 3, "optimiser__schedule": "constant"}
+    assert main(arguments(configured, tmp_path / "wide", batch_size=2, **changes)) == 0
+    assert main(arguments(configured, tmp_path / "long", accumulation=2, **changes)) == 0
+    assert_same_run(tmp_path / "long", tmp_path / "wide", 3)
