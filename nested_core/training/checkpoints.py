@@ -184,8 +184,9 @@ def load(accelerator: Accelerator, config: TrainingConfig, path: Path) -> tuple[
     """
     said = json.loads((path / "run.json").read_text("utf-8"))
     now = _shape(config)
-    other = [f"{name}: {said['shape'].get(name)} there, {value} now" for name, value in now.items()
-             if said["shape"].get(name) != value]  # fmt: skip
+    there = {"optimiser": "adamw", **said["shape"]}  # what earlier checkpoints were made with, without saying so
+    other = [f"{name}: {there.get(name)} there, {value} now" for name, value in now.items()
+             if there.get(name) != value]  # fmt: skip
     if other:
         raise NestedAttentionError(
             f"The checkpoint {path} is of a run with other settings:\n  " + "\n  ".join(other) + "\nRestore them, or "
@@ -204,7 +205,12 @@ def _shape(config: TrainingConfig) -> dict[str, Any]:
     """The settings that the saved state depends on."""
     words = ("alpha", "base_model", "licence", "title")
     encoder = {name: value for name, value in asdict(config.encoder).items() if name not in words}
-    return {**encoder, "ema": config.optimiser.ema > 0, "precision": config.precision}
+    return {
+        **encoder,
+        "ema": config.optimiser.ema > 0,
+        "optimiser": config.optimiser.kind,
+        "precision": config.precision,
+    }
 
 
 def _per_step(config: TrainingConfig, accelerator: Accelerator) -> dict[str, int]:

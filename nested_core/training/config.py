@@ -14,6 +14,7 @@ Method = Literal["nested", "decoupled"]
 Features = Literal["penultimate", "last"]
 LayerInit = Literal["auto", "file", "unet", "random", "zero"]
 Schedule = Literal["constant", "cosine", "linear"]
+OptimiserKind = Literal["adamw", "adamw8bit"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 CacheKind = Literal["none", "memory", "disk"]
 
@@ -202,6 +203,8 @@ class OptimiserConfig:
         warmup: steps in which the rates rise from 0.
         max_grad_norm: gradients are scaled down to it; 0: never.
         ema: decay of the averaged weights, which are what is exported and sampled; 0: none.
+        kind: "adamw", or "adamw8bit": its moments in 8 bits, a quarter of their memory. Needs bitsandbytes.
+        shard: share the moments out among the processes: each has its part of them, where it had all.
     """
 
     qformer_rate: float = 1e-4
@@ -214,9 +217,15 @@ class OptimiserConfig:
     warmup: int = 500
     max_grad_norm: float = 1.0
     ema: float = 0.0
+    kind: OptimiserKind = "adamw"
+    shard: bool = False
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        if self.shard and self.kind != "adamw":
+            raise NestedAttentionError(
+                f'optimiser.shard is for kind "adamw"; got "{self.kind}". Moments in 8 bits are a quarter already.'
+            )
         _check_range(self, ("qformer_rate", "layers_rate", "weight_decay", "warmup", "max_grad_norm"), 0)
         _check_range(self, ("ema", "beta1", "beta2"), 0, 0.999999)
 
@@ -313,6 +322,7 @@ class TrainingConfig:
         precision: of the passes: fp32, bf16 or fp16, by autocast; trained weights stay fp32. "auto": what the machine
             is fastest with; on a CPU it measures that. A run that goes on keeps what it began with.
         gradient_checkpointing: recompute the U-Net's blocks in the backward pass: less memory, a third more time.
+        compile: compile the U-Net's convolution blocks and feed-forwards (torch.compile; the first steps take minutes).
         seed: of everything random. Two runs of one config are equal, and a resumed run is equal to one without a stop.
         workers: processes that read data; 0: the training process itself.
         cpu: train on the CPU even where there is a GPU.
@@ -340,6 +350,7 @@ class TrainingConfig:
     accumulation: int = 1
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     workers: int = 2
     cpu: bool = False

@@ -108,10 +108,13 @@ def memory_of(run: Run, costs: Costs) -> dict[str, int]:
     weights = sum(p.numel() * p.element_size() for module in frozen for p in module.parameters())
     kept = costs.checkpointed if config.gradient_checkpointing else costs.activations
     subject = 2 * sum(encoder.config.widths) * encoder.config.tokens * config.data.references
+    moments = trained * (2 if config.optimiser.kind == "adamw8bit" else 8)
+    if config.optimiser.shard:
+        moments //= run.accelerator.num_processes
     return {
         "trained weights, fp32": trained * 4,
         "gradients": trained * 4,
-        "optimiser (two moments)": trained * 8,
+        "optimiser (two moments)": moments,
         "averaged weights": trained * 4 if config.optimiser.ema else 0,
         "frozen weights": weights,
         "U-Net activations (at most)": kept * config.batch_size,

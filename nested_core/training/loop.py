@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -38,6 +38,7 @@ from .initial import make_encoder
 from .journal import Callback, Journal
 from .model import SubjectDenoiser
 from .objective import denoising_loss, make_optimiser
+from .parallel import check_launched, check_workers, compiled
 from .precision import mixed, settled
 from .samples import write_samples
 from .validation import HeldOut, Validation, Validator, split
@@ -85,6 +86,8 @@ def accelerated(config: TrainingConfig) -> Iterator[Accelerator]:
         gradient_accumulation_steps=config.accumulation,
         cpu=config.cpu,
         log_with=None if config.tracker == "none" else config.tracker,
+        # Gradients are seen where they are summed up: with buckets of their own they would be there twice.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
     )
     try:
@@ -185,6 +188,7 @@ def train(
 
     Raises NestedAttentionError for whatever does not fit, before the first step where possible.
     """
+    check_launched()
     resume = checkpoints.agreed_resume(config)
     config = settled(config, resume)
     with accelerated(config) as accelerator, checkpoints.loss_of_a_process_told(accelerator, config):
@@ -192,7 +196,7 @@ def train(
         if config.gradient_checkpointing:
             run.base.unet.enable_gradient_checkpointing()
         try:
-            with run.model.attached():
+            with run.model.attached(), compiled(run.base.unet, config.compile):
                 return Trainer(run, callback).train(resume)
         finally:
             if config.gradient_checkpointing:
@@ -208,7 +212,7 @@ class Trainer:
         run.model.to(self.accelerator.device)
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
         self.ema = EMAModel(self.parameters, decay=options.ema) if options.ema else None
-        optimiser = make_optimiser(run.model, options)
+        optimiser = make_optimiser(run.model, options, self.accelerator.num_processes)
         names = {"constant": "constant_with_warmup"}
         self.schedule = get_scheduler(
             names.get(options.schedule, options.schedule),
@@ -265,6 +269,7 @@ class Trainer:
     def _steps(self) -> Iterator[None]:
         """Takes the steps that are left, and comes back after each."""
         config, accelerator = self.config, self.accelerator
+        check_workers(accelerator, config.workers)
         passes = (config.steps - self.step) * config.accumulation
         batches = DataLoader(
             self.run.draws,

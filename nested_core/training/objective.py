@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from ..errors import NestedAttentionError
 from .config import LossConfig, OptimiserConfig
 from .model import SubjectDenoiser
+from .parallel import ShardedAdamW
 
 
 def denoising_loss(
@@ -75,17 +77,36 @@ def _time_weights(scheduler: Any, times: Tensor, kind: str, gamma: float | None)
     return snr.clamp(max=gamma) / own
 
 
-def make_optimiser(model: SubjectDenoiser, options: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW with a rate for the Q-Former and one for K̈ and V̈ (and α); only matrices decay."""
+def make_optimiser(model: SubjectDenoiser, options: OptimiserConfig, processes: int = 1) -> torch.optim.Optimizer:
+    """AdamW with a rate for the Q-Former and one for K̈ and V̈ (and α); only matrices decay.
+
+    Raises NestedAttentionError: it is to be bitsandbytes', which is not installed.
+    """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         qformer = name.startswith("encoder.resampler.")
         rate = options.qformer_rate if qformer else options.layers_rate
         decay = options.weight_decay if parameter.ndim == 2 else 0.0  # queries have three dimensions
         groups.setdefault((rate, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()],
-        betas=(options.beta1, options.beta2),
-        eps=options.epsilon,
-        fused=next(model.parameters()).device.type in ("cpu", "cuda"),
-    )
+    shared: dict[str, Any] = {
+        "params": [{"params": part, "lr": rate, "weight_decay": decay} for (rate, decay), part in groups.items()],
+        "betas": (options.beta1, options.beta2),
+        "eps": options.epsilon,
+    }
+    if options.kind == "adamw8bit":
+        return _bitsandbytes().AdamW8bit(**shared)
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    if options.shard and processes > 1:
+        # Each group says its rate; the class wants one beside them.
+        return ShardedAdamW(shared.pop("params"), lr=options.layers_rate, fused=fused, **shared)
+    return torch.optim.AdamW(**shared, fused=fused)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        return importlib.import_module("bitsandbytes.optim")
+    except ImportError as error:
+        raise NestedAttentionError(
+            f'optimiser.kind is "adamw8bit", which needs bitsandbytes ({error}): pip install bitsandbytes, or use '
+            '"adamw".'
+        ) from error

@@ -17,16 +17,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from diffusers.models.attention import FeedForward
 from safetensors.torch import load_file
 
 from narrow_training import arguments, assert_same_run, checkpoint, entries, newest, save_config
 from nested_core.errors import NestedAttentionError
-from nested_core.training import TrainingConfig
+from nested_core.training import OptimiserConfig, TrainingConfig, parallel
 from nested_core.training.__main__ import main
 from nested_core.training.checkpoints import check_shared
 from nested_core.training.loop import accelerated
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "nested_core" / "training" / "configs" / "accelerate"
 TOGETHER = {"accumulation": 2, "validation__share": 0.3}
 LIMIT = 300  # seconds until a run is said to hang
 
@@ -44,10 +47,11 @@ def free_port():
 
 def launch(processes, given, machine=(), folder=ROOT):
     """`accelerate launch` with so many processes, as the guide has it; the cards are missing, so `cpu` is in config."""
-    machine = machine or ("--num_machines", "1", "--main_process_port", str(free_port()))
+    file = "machines.yaml" if machine else "gpus.yaml"
+    machine = machine or ("--main_process_port", str(free_port()))
     command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes",
-        str(processes), "--mixed_precision", "no", "--dynamo_backend", "no", *machine,
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(CONFIGS / file),
+        "--num_processes", str(processes), *machine,
         "-m", "nested_core.training", *given,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
@@ -144,7 +148,12 @@ def gone_on(configured, bereft, folder, processes, batch_size):
     output = folder / f"run-{processes}-{batch_size}"
     shutil.copytree(bereft[0], output)
     given = arguments(
-        configured, output, steps=newest(output) + 2, batch_size=batch_size, optimiser__schedule="constant"
+        configured,
+        output,
+        steps=newest(output) + 2,
+        batch_size=batch_size,
+        optimiser__schedule="constant",
+        optimiser__shard=True,
     )
     if processes == 1:
         assert main(given) == 0
@@ -180,15 +189,18 @@ def test_goes_on_alone_with_as_many_examples(configured, bereft, tmp_path, caplo
 
 
 def test_two_machines_share_a_folder(configured, alone, tmp_path):
+    """And the optimiser's moments: each has half of them, the checkpoint all."""
     output, port = tmp_path / "run", str(free_port())
-    given = arguments(configured, output, **TOGETHER)
+    given = arguments(configured, output, **TOGETHER, optimiser__shard=True)
     machines = [
-        launch(2, given, machine=("--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
+        launch(2, given, machine=("--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
                                   "--main_process_port", port))
         for rank in range(2)
     ]  # fmt: skip
     said = [finished(machine) for machine in machines]
     assert_same_run(output, alone, 4)
+    ours, theirs = (torch.load(checkpoint(run, 4) / "optimizer.bin", weights_only=True) for run in (output, alone))
+    torch.testing.assert_close(ours["state"], theirs["state"], rtol=1e-3, atol=1e-7)
     assert [out.count("The encoder: ") for out, _ in said] == [1, 0]
 
 
@@ -207,3 +219,45 @@ def test_goes_on_with_another_accumulation(configured, tmp_path):
     assert main(arguments(configured, tmp_path / "wide", batch_size=2, **changes)) == 0
     assert main(arguments(configured, tmp_path / "long", accumulation=2, **changes)) == 0
     assert_same_run(tmp_path / "long", tmp_path / "wide", 3)
+
+
+@pytest.mark.parametrize("name, title", [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")])
+def test_what_takes_the_weights_apart_is_refused(configured, tmp_path, monkeypatch, capsys, name, title):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    assert main(arguments(configured, tmp_path)) == 1
+    assert f"told to use {title}" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_one_process_where_several_were_asked_for(configured, tmp_path):
+    """What accelerate makes of `--cpu --num_processes 2`."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "-m", "nested_core.training", *arguments(configured, tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode != 0 and "asked for several processes on the CPU and has started one" in done.stderr
+
+
+def test_moments_in_8_bits_need_bitsandbytes(configured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert main(arguments(configured, tmp_path, optimiser__kind="adamw8bit")) == 1
+    assert "needs bitsandbytes" in capsys.readouterr().err
+    with pytest.raises(NestedAttentionError, match='optimiser.shard is for kind "adamw"'):
+        OptimiserConfig(kind="adamw8bit", shard=True)
+
+
+def test_more_workers_than_cores_are_said(caplog, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with accelerated(TrainingConfig(tracker="none", cpu=True, precision="fp32")) as accelerator:
+        parallel.check_workers(accelerator, 0)
+        assert not caplog.text
+        parallel.check_workers(accelerator, 1000)
+    assert "workers is 1000 in each of 4 process(es) of this machine" in caplog.text
+
+
+def test_compiled_parts_are_as_before_afterwards():
+    unet = torch.nn.ModuleList([FeedForward(8), torch.nn.Linear(8, 8)])
+    with parallel.compiled(unet, True):
+        assert [part._compiled_call_impl is not None for part in unet] == [True, False]
+    assert not any(part._compiled_call_impl for part in unet)
