@@ -60,11 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
 def termination_told(config: TrainingConfig) -> Iterator[None]:
     """A SIGTERM ends the run with a message: a launcher sends it to the processes that are left when one has failed.
 
-    Raises NestedAttentionError.
+    Raises SystemExit.
     """
 
     def ended(number: int, frame: FrameType | None) -> None:
-        raise NestedAttentionError(f"The run was ended from outside (SIGTERM). {going_on(config)}")
+        # No Exception: whatever code is being run at the moment may catch those.
+        raise SystemExit(f"Error: The run was ended from outside (SIGTERM). {going_on(config)}")
 
     before = signal.signal(signal.SIGTERM, ended)
     try:

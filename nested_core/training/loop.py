@@ -38,7 +38,7 @@ from .initial import make_encoder
 from .journal import Callback, Journal
 from .model import SubjectDenoiser
 from .objective import denoising_loss, make_optimiser
-from .parallel import check_launched, check_workers, compiled
+from .parallel import check_launched, check_workers, compiled, heap_left_alone
 from .precision import mixed, settled
 from .samples import write_samples
 from .validation import HeldOut, Validation, Validator, split
@@ -282,7 +282,7 @@ class Trainer:
         )
         bar = tqdm(total=config.steps, initial=self.step, disable=not accelerator.is_main_process, desc="steps")
         journal = self.journal
-        with bar:
+        with bar, heap_left_alone(config.workers > 0):
             for batch in batches:
                 loss = self._pass(batch)
                 self.samples += config.batch_size * accelerator.num_processes

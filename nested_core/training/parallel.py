@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -73,6 +74,24 @@ def compiled(unet: nn.Module, wanted: bool) -> Iterator[None]:
     finally:
         for part in parts:
             part._compiled_call_impl = None  # torch has no call for it
+
+
+@contextmanager
+def heap_left_alone(wanted: bool) -> Iterator[None]:
+    """While it is entered, the garbage collector leaves alone what is there, if `wanted`.
+
+    Workers are forks that share this process's memory until one writes to it, and a collection writes to every object:
+    each worker would come to have a data set's whole list for itself.
+    """
+    if not wanted:
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def check_workers(accelerator: Accelerator, workers: int) -> None:

@@ -5,6 +5,7 @@ What the guide promises of GPUs is what is asserted here; the launcher is the sa
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -261,3 +262,12 @@ def test_compiled_parts_are_as_before_afterwards():
     with parallel.compiled(unet, True):
         assert [part._compiled_call_impl is not None for part in unet] == [True, False]
     assert not any(part._compiled_call_impl for part in unet)
+
+
+def test_what_workers_share_is_not_collected():
+    before = gc.get_freeze_count()
+    with parallel.heap_left_alone(False):
+        assert gc.get_freeze_count() == before
+    with parallel.heap_left_alone(True):
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
