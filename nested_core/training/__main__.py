@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from ..errors import NestedAttentionError
 from .captions import make_captions
+from .checkpoints import going_on
 from .config import TrainingConfig
 from .look import look
 from .loop import train
@@ -62,23 +68,46 @@ def parse(arguments: list[str] | None = None) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 1, with a message, where something does not fit."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = int(os.environ.get("RANK", "0")) == 0  # the launcher says it before anything is set up
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     try:
         made = parse(arguments)
         config = TrainingConfig(**{field.name: made[field.name] for field in fields(TrainingConfig)})
         if made["caption"]:
             print(f"Captions written: {len(make_captions(config.data, made['caption']))}")
-        elif made["look"]:
+            return 0
+        if made["look"]:
             return 0 if look(config)[1] else 1
-        elif made["dry_run"]:
+        if made["dry_run"]:
             dry_run(config)
-        else:
-            print(f"The encoder: {train(config)}")
+            return 0
+        with termination_told(config):
+            path = train(config)
+        if first:
+            print(f"The encoder: {path}")
     except NestedAttentionError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def termination_told(config: TrainingConfig) -> Iterator[None]:
+    """A SIGTERM ends the run with a message: a launcher sends it to the processes that are left when one has failed.
+
+    Raises SystemExit.
+    """
+
+    def ended(number: int, frame: FrameType | None) -> None:
+        # No Exception: whatever code is being run at the moment may catch those.
+        raise SystemExit(f"Error: The run was ended from outside (SIGTERM). {going_on(config)}")
+
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

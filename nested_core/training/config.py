@@ -14,6 +14,7 @@ Method = Literal["nested", "decoupled"]
 Features = Literal["penultimate", "last"]
 LayerInit = Literal["auto", "file", "unet", "random", "zero"]
 Schedule = Literal["constant", "cosine", "linear"]
+OptimiserKind = Literal["adamw", "adamw8bit"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 CacheKind = Literal["none", "memory", "disk"]
 Layout = Literal["subjects", "pictures", "kohya"]
@@ -232,6 +233,8 @@ class OptimiserConfig:
         warmup: steps in which the rates rise from 0.
         max_grad_norm: gradients are scaled down to it; 0: never.
         ema: decay of the averaged weights, which are what is exported and sampled; 0: none.
+        kind: "adamw", or "adamw8bit": its moments in 8 bits, a quarter of their memory. Needs bitsandbytes.
+        shard: share the moments out among the processes: each has its part of them, where it had all.
     """
 
     qformer_rate: float = 1e-4
@@ -244,9 +247,15 @@ class OptimiserConfig:
     warmup: int = 500
     max_grad_norm: float = 1.0
     ema: float = 0.0
+    kind: OptimiserKind = "adamw"
+    shard: bool = False
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        if self.shard and self.kind != "adamw":
+            raise NestedAttentionError(
+                f'optimiser.shard is for kind "adamw"; got "{self.kind}". Moments in 8 bits are a quarter already.'
+            )
         _check_range(self, ("qformer_rate", "layers_rate", "weight_decay", "warmup", "max_grad_norm"), 0)
         _check_range(self, ("ema", "beta1", "beta2"), 0, 0.999999)
 
@@ -308,6 +317,30 @@ class SampleConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """Subjects that are not trained on, to measure the encoder with at every checkpoint (and at the start).
+
+    Attributes:
+        share: of the subjects, chosen by their names, two at least; 0: none.
+        subjects: names of subjects (folders) that are held out too.
+        pictures: of each held-out subject, at most.
+    """
+
+    share: float = 0.0
+    subjects: list[str] = field(default_factory=list)
+    pictures: int = 2
+
+    def __post_init__(self) -> None:
+        _check_range(self, ("share",), 0, 0.9)
+        _check_range(self, ("pictures",), 1)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any are held out."""
+        return self.share > 0 or bool(self.subjects)
+
+
+@dataclass
 class TrainingConfig:
     """A whole run.
 
@@ -319,11 +352,12 @@ class TrainingConfig:
         precision: of the passes: fp32, bf16 or fp16, by autocast; trained weights stay fp32. "auto": what the machine
             is fastest with; on a CPU it measures that. A run that goes on keeps what it began with.
         gradient_checkpointing: recompute the U-Net's blocks in the backward pass: less memory, a third more time.
+        compile: compile the U-Net's convolution blocks and feed-forwards (torch.compile; the first steps take minutes).
         seed: of everything random. Two runs of one config are equal, and a resumed run is equal to one without a stop.
         workers: processes that read data; 0: the training process itself.
         cpu: train on the CPU even where there is a GPU.
         save_every: steps between checkpoints; 0: only at the end.
-        keep: checkpoints that are kept, the newest.
+        keep: checkpoints that are kept, the newest; and the best one, where subjects are held out.
         resume: "auto" goes on from the newest checkpoint in `output`, "never" starts anew (in an empty folder), and a
             path goes on from that checkpoint.
         log_every: steps between log entries.
@@ -337,6 +371,7 @@ class TrainingConfig:
         optimiser: how it learns.
         loss: what it learns from.
         samples: pictures on the way.
+        validation: held-out subjects.
     """
 
     output: str = "runs/encoder"
@@ -345,6 +380,7 @@ class TrainingConfig:
     accumulation: int = 1
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     workers: int = 2
     cpu: bool = False
@@ -362,6 +398,7 @@ class TrainingConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         _check_choices(self)
