@@ -21,12 +21,16 @@ from huggingface_hub import ModelCardData
 from ..encoder import EncoderConfig
 from ..metadata import describe_training
 from .data import SubjectData
+from .validation import Part
 
 if TYPE_CHECKING:
     from .loop import Run
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
-_PRIVATE = {"": ("output", "resume"), "data": ("folders", "shards", "shard_cache"), "base": ("model", "family")}
+_PRIVATE = {
+    "": ("output", "resume"), "data": ("folders", "shards", "shard_cache"), "base": ("model", "family"),
+    "validation": ("subjects",),
+}  # fmt: skip
 _WORDS = 20  # class words that are listed, the most frequent
 _PACK = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
@@ -46,23 +50,27 @@ def trained_on(run: Run, step: int, examples: int) -> dict[str, Any]:
     }
     if found := re.search(r'^version = "(.+)"', _PACK.read_text("utf-8") if _PACK.exists() else "", re.MULTILINE):
         said["versions"]["comfyui-nested-attention"] = found[1]
-    if not isinstance(data, SubjectData):
+    if not isinstance(data, SubjectData | Part):
         return {**said, "pictures": len(data)}
-    words = Counter(data.catalogue.classes[subject] for subject in data.views)
+    whole, indexes = (data.data, data.indexes) if isinstance(data, Part) else (data, range(len(data)))
+    pictures = {id(picture): picture for picture in (whole.pictures[i] for i in indexes)}.values()
+    subjects = set(whole.views) - set(run.held_out)
+    words = Counter(whole.catalogue.classes[subject] for subject in sorted(subjects))
     return {
         **said,
         "resolution": config.data.resolution,
-        "pictures": len(data.catalogue.pictures),
-        "subjects": len(data.views),
-        "captions": sum(len(picture.captions) for picture in data.catalogue.pictures),
+        "pictures": len(pictures),
+        "subjects": len(subjects),
+        "captions": sum(len(picture.captions) for picture in pictures),
         "class_words": dict(words.most_common(_WORDS)),
+        **({"held_out_subjects": len(run.held_out)} if run.held_out else {}),
     }
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """A config without the places of this machine; of models the file's name stays."""
     settings = {name: value for name, value in config.items() if name not in _PRIVATE[""]}
-    for section in ("data", "base"):
+    for section in ("data", "base", "validation"):
         settings[section] = {n: v for n, v in config[section].items() if n not in _PRIVATE[section]}
     settings["base"]["vision"] = Path(config["base"]["vision"]).name
     if config["init"]["encoder"]:
@@ -93,6 +101,7 @@ def model_card(name: str, config: EncoderConfig, said: Mapping[str, Any]) -> str
         "base model": said["base_model"],
         "vision tower": f"{said['settings']['base']['vision'] or 'not named'}, {config.image_features} features",
         "data": f"{said['pictures']:,} pictures" + (f" of {said['subjects']:,} subjects" if "subjects" in said else ""),
+        "held out, not trained on": f"{said['held_out_subjects']:,} subjects" if "held_out_subjects" in said else "",
         "class words": kinds,
         "captions": f"{said['captions']:,}" if "captions" in said else "",
         "resolution": f"{size} x {size}" if size else "",

@@ -15,6 +15,7 @@ from nested_core.check import diffusers
 from nested_core.check.diffusers import DiffusersBench
 from nested_core.check.search import LEVELS, Race, noise_of
 from nested_core.check.settings import settings_of
+from nested_core.checkpoint import read_encoder
 from nested_core.errors import NestedAttentionError
 from nested_core.training import (
     DataConfig,
@@ -66,7 +67,7 @@ def test_what_is_held_out_is_not_trained_on(pets):
         split(pets, ValidationConfig(subjects=["dog0"]))
 
 
-def test_the_curve_and_the_best_checkpoint(configured, tmp_path, caplog):
+def test_the_curve_and_the_best_checkpoint(configured, pets, tmp_path, caplog):
     """In the log and in TensorBoard; the best is kept although `keep` is 1, and its encoder beside the newest."""
     changes = {"validation__share": 0.5, "save_every": 1, "keep": 1, "steps": 4, "optimiser__ema": 0,
                "optimiser__warmup": 0, "loss__drop_both": 0}  # fmt: skip
@@ -82,7 +83,11 @@ def test_the_curve_and_the_best_checkpoint(configured, tmp_path, caplog):
     said = json.loads((checkpoint(tmp_path, best) / "run.json").read_text())["validation"]
     assert best_checkpoint(tmp_path / "checkpoints", said) == checkpoint(tmp_path, best)
     assert best_checkpoint(tmp_path / "checkpoints", {"subjects": ["another"]}) is None
-    assert (tmp_path / "encoder-best.safetensors").exists()
+    trained = json.loads(read_encoder(tmp_path / "encoder-best.safetensors")[0].training)
+    assert (trained["step"], trained["subjects"], trained["held_out_subjects"]) == (best, 2, 2)
+    assert trained["pictures"] == len(split(pets, ValidationConfig(share=0.5))[0])
+    assert not [name for name in said["subjects"] if name in json.dumps(trained)]
+    assert "held out, not trained on | 2 subjects" in (tmp_path / "encoder-best.md").read_text("utf-8")
     for words in ("gap to no subject", "the forecast was"):
         assert words in caplog.text
     (events,) = tmp_path.rglob("events.out*")
