@@ -85,6 +85,10 @@ def made(page: Page, template: Template) -> tuple[dict[str, Any], dict[str, Any]
     """A template as the frontend saves it, and as its API takes it."""
     graph = lay_out(page, template.built)
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    for node in graph["nodes"]:  # newer frontends say where a node is from, so that whoever lacks the pack finds it
+        if str(node["id"]) in prompt:
+            said = {key: node["properties"][key] for key in ("cnr_id", "ver") if key in node["properties"]}
+            prompt[str(node["id"])]["_meta"] |= said
     return _clean(graph, template.name), prompt
 
 
