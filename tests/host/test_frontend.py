@@ -82,7 +82,7 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def page(chromium, server, view):
-    page = browser.frontend(chromium, server, 2400, 1400, {"Comfy.VueNodes.Enabled": VIEWS[view][1]})
+    page = browser.frontend(chromium, server, 1800, 1000, {"Comfy.VueNodes.Enabled": VIEWS[view][1]})
     yield page
     page.close()
 
