@@ -8,7 +8,7 @@ const LABEL = 'Nested Attention: health check'
 const open = () => window.open(api.apiURL('/nested_attention/health'), '_blank')
 
 app.registerExtension({
-  name: 'NestedAttention.HealthCheck',
+  name: 'nestedattention.health_check',
   commands: [{ id: COMMAND, label: LABEL, icon: 'pi pi-heart', function: open }],
   menuCommands: [{ path: ['Help'], commands: [COMMAND] }],
   getNodeMenuItems: (node) =>

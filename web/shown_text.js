@@ -47,7 +47,7 @@ function nodeAt(name) {
 }
 
 app.registerExtension({
-  name: 'NestedAttention.ShownText',
+  name: 'nestedattention.shown_text',
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.python_module !== MODULE) return

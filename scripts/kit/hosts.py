@@ -117,9 +117,9 @@ def fetch_newer(name: str) -> Path:
     return target
 
 
-def newer_frontend() -> Path:
-    """The newer frontend's files, as ComfyUI's --front-end-root takes them."""
-    return fetch_newer("frontend") / "comfyui_frontend_package" / "static"
+def newest_frontend() -> list[str]:
+    """ComfyUI's command line for the newest frontend, which is fetched unless it is there."""
+    return ["--front-end-root", str(fetch_newer("frontend") / "comfyui_frontend_package" / "static")]
 
 
 def prepared_hosts(

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from PIL import Image
 
 from kit import browser, small_world
 from kit.graphs import picture_file
-from kit.hosts import NEWEST, newer_frontend, version_of
+from kit.hosts import NEWEST, newest_frontend, version_of
 from kit.paths import REPO
 from kit.server import Server
+from nested_core import health
 
 HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
 pytestmark = pytest.mark.skipif(version_of(HOST) != NEWEST, reason="the frontend is that of the newest ComfyUI")
@@ -56,7 +58,7 @@ def serve(tmp_path_factory):
             (work / "input").mkdir()
             # The host brings a picture of this name, which the workflows show until there is another.
             Image.radial_gradient("L").save(work / "input" / "example.png")
-            options = ["--front-end-root", str(newer_frontend())] if frontend == "newest" else []
+            options = newest_frontend() if frontend == "newest" else []
             server = Server(HOST, work, models=models, only=small_world.link_packs(HOST), options=options)
             return stack.enter_context(server)
 
@@ -199,6 +201,16 @@ def test_models_can_be_downloaded_from_where_they_are_missing(name):
             }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_notes_are_short_and_in_the_largest_letters(name):
+    """A template opens whole, at half its size or less: of a note's letters only those of headings can be read then."""
+    notes = [node["widgets_values"][0] for node in workflow(name)["nodes"] if node["type"] == "MarkdownNote"]
+    assert len(notes) > 1
+    for lines in (note.split("\n") for note in notes):
+        assert len(lines) <= 7 and all(line.startswith("# ") for line in lines)
+        assert max(len(re.sub(r"\]\(.*?\)", "", line)) for line in lines) < 90
+
+
 @in_both
 def test_the_missing_models_are_offered(page, server):
     browser.load(page, workflow("first_portrait"), "first_portrait")
@@ -304,6 +316,20 @@ def test_words_in_angle_brackets_are_shown(page, server):
 
 
 # --- help ------------------------------------------------------------------------------------------------------------
+
+
+@in_both
+def test_the_health_check_opens_from_the_menu(page):
+    said = page.evaluate(
+        """async () => {
+          const open = window.open, opened = []
+          window.open = (address) => { opened.push(address) }
+          await app.extensionManager.command.execute('NestedAttention.HealthCheck')
+          window.open = open
+          return await (await fetch(opened[0])).text()
+        }"""
+    )
+    assert said.startswith(health.TITLE)
 
 
 @in_both
