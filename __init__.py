@@ -4,6 +4,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .nodes import NODES
 from .nodes.folders import register_folders
+from .nodes.health import serve_health
 
 WEB_DIRECTORY = "./web"
 
@@ -13,6 +14,9 @@ register_folders()
 class NestedAttentionExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
+
+    async def on_load(self) -> None:
+        serve_health()
 
 
 async def comfy_entrypoint() -> NestedAttentionExtension:

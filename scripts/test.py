@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import compatibility
 from kit.environment import make_environment, own_comfyui, run_main, say
-from kit.hosts import HOSTS, NEWEST, OLDEST, make_link, prepared_hosts, unlink
+from kit.hosts import HOSTS, NEWER, NEWEST, OLDEST, fetch_newer, make_link, prepared_hosts, unlink
 from kit.paths import REPO, STATE, VENV_OLDEST_TORCH
 
 NOTHING_COLLECTED = 5  # pytest's exit code
@@ -58,6 +58,8 @@ def main() -> int:
 
     own = own_comfyui()
     hosts = prepared_hosts(HOSTS, arguments.host or (), manager=True)
+    for name in NEWER:  # so that tests need no network
+        fetch_newer(name)
 
     python = [sys.executable, "-m"]
     pytest = [*python, "pytest", "--durations=10", "--durations-min=5"]  # where the time goes

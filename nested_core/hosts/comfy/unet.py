@@ -23,9 +23,12 @@ from .values import HostEncoder
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ...encoder import Overrides
+    from ...encoder import EncoderConfig, Overrides
 
 log = logging.getLogger(__name__)
+
+#: Of the encoder that was loaded last, what it is: for bug reports.
+loaded: EncoderConfig | None = None
 
 # How the encoder's choice of vision features is called in the host's output of the tower.
 _FEATURES = {
@@ -69,6 +72,8 @@ def load_host_encoder(path: str, name: str, **overrides: Unpack[Overrides]) -> H
     log.info("%s: %s", name, module.config.title)
     if trained := describe_training(module.config.training):
         log.info("%s: %s", name, trained)
+    global loaded
+    loaded = module.config
     return HostEncoder(patcher, module.config, name)
 
 
