@@ -5,6 +5,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 from .nodes import NODES
 from .nodes.folders import register_folders
 from .nodes.health import serve_health
+from .nodes.templates import order_templates
 
 WEB_DIRECTORY = "./web"
 
@@ -17,6 +18,7 @@ class NestedAttentionExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         serve_health()
+        order_templates()
 
 
 async def comfy_entrypoint() -> NestedAttentionExtension:

@@ -4,6 +4,7 @@ import { app } from '../../scripts/app.js'
 
 const NAME = 'nested_text'
 const WHILE_IT_RUNS = '$$node-text-preview' // the frontend's own, which older ones leave on the node
+const HIGHEST = 200
 const MODULE = `custom_nodes.${decodeURIComponent(import.meta.url.split('/').at(-2))}`
 const ours = new Set()
 
@@ -21,14 +22,15 @@ function show(node, said) {
     element.style.cssText =
       'overflow: auto; padding: 4px 8px; font: 12px/1.35 sans-serif; white-space: pre-wrap; overflow-wrap: anywhere; ' +
       'color: var(--input-text); background: var(--comfy-input-bg); border-radius: 4px; user-select: text'
-    const height = () => Math.min(220, 16 + 17 * lines(element.textContent, node.size[0]))
+    element.style.maxHeight = `${HIGHEST}px` // the newer nodes go by the element
+    const height = () => Math.min(HIGHEST, 16 + 17 * lines(element.textContent, node.size[0]))
     // Old and new names of the same: how high the widget wants to be.
     const options = { serialize: false, getMinHeight: height, getHeight: height }
     widget = node.addDOMWidget(NAME, NAME, element, options)
     widget.serialize = false // no part of the file
   }
   widget.element.textContent = text // never HTML: a placeholder stands in angle brackets
-  widget.element.style.minHeight = `${widget.options.getMinHeight()}px` // the newer nodes go by the element
+  widget.element.style.minHeight = `${widget.options.getMinHeight()}px`
   const [width, wanted] = [node.size[0], node.computeSize()[1]]
   if (node.size[1] < wanted) node.setSize([width, wanted])
   node.setDirtyCanvas?.(true, true)

@@ -93,7 +93,7 @@ def all_nodes(t: Template) -> None:
         ["NestedEncodeSubject", "NestedLoadSubject", "NestedSeparateSubjects", "NestedPictureGrid"],
         ["NestedApplySubject", "NestedAdjustSubject", "NestedGridValues"],
         ["NestedApplySubjectAdvanced", "NestedRecordAttention", "NestedShowBinding"],
-        ["NestedAttentionMaps", "NestedExplain"],
+        ["NestedAttentionMaps", "NestedExplain", "NestedCheckEncoder"],
     ):
         t.column(300)
         for kind in column:
@@ -164,8 +164,8 @@ def take(host: Path) -> None:
                 page.get_by_text("View details").click()
                 page.wait_for_timeout(1500)
                 # The list alone: on the canvas beside it every loader is framed, and so it should be.
-                x = page.get_by_text("sd_xl_base_1.0.safetensors").last.bounding_box()["x"] - 60  # type: ignore[index]
-                clip: Any = {"x": x, "y": 30, "width": 1500 - x, "height": 620}
+                box: Any = page.get_by_text("Workflow Overview").first.bounding_box()
+                clip: Any = {"x": box["x"] - 18, "y": box["y"] - 22, "width": 1518 - box["x"], "height": 640}
                 page.screenshot(path=FRONTEND / "missing_models.jpg", type="jpeg", quality=85, clip=clip)
 
 

@@ -19,6 +19,7 @@ from kit.graphs import picture_file
 from kit.hosts import NEWEST, newest_frontend, version_of
 from kit.paths import REPO
 from kit.server import Server
+from kit.workflows.templates import TEMPLATES
 from nested_core import health
 
 HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
@@ -228,11 +229,23 @@ def test_the_missing_models_are_offered(page, server):
 @in_the_pinned
 def test_the_host_lists_the_templates_with_their_pictures(server):
     listed = server.request("/workflow_templates")[small_world.link_packs(HOST)[0]]
-    assert sorted(listed) == sorted(NAMES)
+    assert listed == list(TEMPLATES)
     for name in NAMES:
         card = Image.open(REPO / "workflows" / f"{name}.jpg")
         assert card.size == (768, 768)
         assert np.asarray(card, dtype=np.float32).std() > 10
+
+
+@in_both
+def test_the_template_browser_begins_with_the_first_portrait(page):
+    """The host lists files as its file system does."""
+    page.evaluate("() => { app.extensionManager.command.execute('Comfy.BrowseTemplates') }")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("comfyui-nested-att").first.click()
+    dialog.get_by_text("first_portrait", exact=True).wait_for()
+    shown = [line for line in dialog.inner_text().split("\n") if line in TEMPLATES]
+    page.keyboard.press("Escape")
+    assert shown[:6] == list(TEMPLATES)[:6]
 
 
 @in_both

@@ -512,7 +512,7 @@ def check_encoder(t: Template) -> None:
     t.column(470)
     t.group("2. Run, and read")
     t.node(
-        "check", "NestedCheckEncoder", height=400, model=MODEL, clip=CLIP, vae=("checkpoint", "VAE"),
+        "check", "NestedCheckEncoder", height=480, model=MODEL, clip=CLIP, vae=("checkpoint", "VAE"),
         encoder=("encoder", "encoder"), clip_vision=("tower", "CLIP_VISION"), photos=("faces", "image"),
     )  # fmt: skip
     t.node("report", "PreviewAny", "The report", height=420, source=("check", "report"))
