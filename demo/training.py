@@ -17,9 +17,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from diffusers import ControlNetModel
-from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from PIL import Image
 from torch import Tensor
@@ -488,12 +486,9 @@ class Run:
         if match["features"]:
             settings = replace(settings, image_features="last")
         base, tower, codec = self.base(), self.vision(), self.codec()
-        if self.compiled:
-            for module in base.unet.modules():
-                if isinstance(module, (ResnetBlock2D, FeedForward)):
-                    module.compile()
         config = TrainingConfig(
             output=str(self.folder / name),
+            compile=self.compiled,
             steps=max(2, round(int(match["steps"] or STEPS["encoder"]) * self.scale)),
             batch_size=32,
             seed=self.seed + int(match["seed"] or 0),

@@ -52,6 +52,7 @@ class EncoderConfig:
     widths          channels of each layer in diffusers' order; empty means the family's published widths
     resampler       sizes of the Q-Former; of no meaning for "nested-sd15-pooled"
     bias            whether the K̈ / V̈ layers add a bias
+    training        what it was trained on and how, as JSON (`metadata.describe_training`); empty where nothing is known
 
     Raises NestedAttentionError for a value outside these choices, and for widths that no U-Net of the family has.
     """
@@ -72,6 +73,7 @@ class EncoderConfig:
     widths: tuple[int, ...] = ()
     resampler: ResamplerShape = ResamplerShape()
     bias: bool = False
+    training: str = ""
 
     def __post_init__(self) -> None:
         choices = {

@@ -37,6 +37,14 @@ _EYE_RIGHT = (362, 385, 387, 263, 373, 380)
 _MOUTH_LEFT, _MOUTH_RIGHT = 61, 291
 _MESH_POINTS = (468, 478)
 
+LANDMARKS = {
+    5: "eyes, nose and corners of the mouth, left before right, as RetinaFace and MTCNN give them",
+    68: "dlib's, as FFHQ has them",
+    468: "MediaPipe's face mesh",
+    478: "the same with irises",
+}
+"""Numbers of a face's points that say where its eyes and its mouth are, and whose they are."""
+
 
 def align_face(
     image: Tensor,
@@ -211,16 +219,43 @@ def _rot90(vector: Tensor) -> Tensor:
     return torch.stack((-vector[1], vector[0]))
 
 
+def _parts(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(P, 2) points, P of `LANDMARKS` -> the centres of the left eye, the right eye and the mouth, (2,) each."""
+    if len(points) == 5:
+        return points[0], points[1], (points[3] + points[4]) / 2
+    if len(points) == 68:
+        return points[36:42].mean(dim=0), points[42:48].mean(dim=0), (points[48] + points[54]) / 2
+    mouth = (points[_MOUTH_LEFT] + points[_MOUTH_RIGHT]) / 2
+    return points[list(_EYE_LEFT)].mean(dim=0), points[list(_EYE_RIGHT)].mean(dim=0), mouth
+
+
+def align_points(picture: Tensor, points: Tensor, margin: float = 0.0, size: int = ALIGNED_SIDE) -> Tensor:
+    """`align_face` for one picture whose face is known by its points.
+
+    Args:
+        picture: (H, W, C), float, 0..1; a fourth channel is cut like the colours, and 0 outside of the picture.
+        points: (P, 2) x, y in pixels, P of `LANDMARKS`.
+        margin, size: as in `align_face`.
+
+    Returns:
+        (size, size, C), fp32.
+
+    Raises NestedAttentionError for points that do not form a face.
+    """
+    centre, axis = ffhq_square(points, 0)
+    sampled, inside = _sample_square(picture, centre, axis * (1 + 2 * checked_margin(margin)), checked_size(size))
+    return torch.cat((sampled[..., :3], snap(sampled[..., 3:]) * inside[..., None]), dim=-1)
+
+
 def ffhq_square(points: Tensor, view: int) -> tuple[Tensor, Tensor]:
-    """(P, 2) mesh points -> centre (2,) and half-axis (2,) of FFHQ's square, in pixels (x, y).
+    """(P, 2) points, P of `LANDMARKS` -> centre (2,) and half-axis (2,) of FFHQ's square, in pixels (x, y).
 
     The geometry is that of CelebA-HQ (Karras et al. 2018, arXiv 1710.10196, appendix C), which FFHQ (arXiv 1812.04948)
     took over. With the centres of both eyes and of the mouth, e = eye to eye, m = between the eyes to the mouth:
     half-axis x = e - rot90(m), scaled to length max(2.0 |e|, 1.8 |m|); centre = between the eyes + 0.1 m. Using e and
     m together keeps turned and tilted heads steady.
     """
-    eye_left, eye_right = points[list(_EYE_LEFT)].mean(dim=0), points[list(_EYE_RIGHT)].mean(dim=0)
-    mouth = (points[_MOUTH_LEFT] + points[_MOUTH_RIGHT]) / 2
+    eye_left, eye_right, mouth = _parts(points)
     between_eyes = (eye_left + eye_right) / 2
     eye_to_eye = eye_right - eye_left
     eye_to_mouth = mouth - between_eyes

@@ -1,5 +1,6 @@
 """The metadata of this pack's own encoder files."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -62,7 +63,7 @@ def with_metadata(config: EncoderConfig, order: str, said: Mapping[str, str]) ->
             f"The file's layers are in the order {order}; this pack writes them in the order {DIFFUSERS_ORDER}. "
             f"The file is damaged or was edited: get it again."
         )
-    known = ("kind", "base_model", "image_features", "value_norm", "pooled", "licence")
+    known = ("kind", "base_model", "image_features", "value_norm", "pooled", "licence", "training")
     changes: dict[str, Any] = {name: said[name] for name in known if name in said}
     if "alpha" in said:
         try:
@@ -99,4 +100,35 @@ def metadata_of(config: EncoderConfig) -> dict[str, str]:
         "fingerprint": config.fingerprint,
         "dim_head": str(config.resampler.dim_head),
         "title": config.title.removesuffix(OWN),
+        **({"training": config.training} if config.training else {}),
     }
+
+
+def describe_training(training: str) -> str:
+    """What an encoder was trained on, in one line for the log; empty where its file does not say.
+
+    training: as in `EncoderConfig`. A file is from anywhere: what is not as this pack writes it is left out, and what
+    is long is cut.
+    """
+    try:
+        said = json.loads(training)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(said, dict):
+        return ""
+
+    def part(form: str, *names: str) -> str:
+        values = [said.get(name) for name in names]
+        return form.format(*map(_short, values)) if all(isinstance(value, str | int) for value in values) else ""
+
+    words = said.get("class_words")
+    kinds = ", ".join(map(_short, list(words)[:5])) if isinstance(words, dict) else ""
+    data = part("{} pictures of {} subjects", "pictures", "subjects") or part("{} pictures", "pictures")
+    where = part(" on {}", "base_model") + part(" at {} pixels", "resolution")
+    how = ", ".join(filter(None, (f"{data} ({kinds})" if data and kinds else data, part("{} steps", "step"))))
+    return f"trained{where}{': ' if how else ''}{how}" if where or how else ""
+
+
+def _short(value: Any) -> str:
+    """A value of somebody else's file on one line."""
+    return (f"{value:,}" if isinstance(value, int) else " ".join(str(value).split()))[:80]

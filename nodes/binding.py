@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
 
 from ..nested_core.hosts.comfy.prompt import describe_binding
 from .record import CATEGORY_SEE
-from .show import show_text
 
 
 class NestedShowBinding(io.ComfyNode):
@@ -32,11 +31,10 @@ class NestedShowBinding(io.ComfyNode):
                 io.Conditioning.Output(display_name="conditioning", tooltip="As it came in."),
                 io.String.Output(display_name="text", tooltip="What the node shows, as text."),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, conditioning: Any) -> io.NodeOutput:
         text = describe_binding(conditioning)
-        return io.NodeOutput(conditioning, text, ui=show_text(cls, text))
+        return io.NodeOutput(conditioning, text, ui=ui.PreviewText(text))

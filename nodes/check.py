@@ -8,7 +8,8 @@ from typing import Any
 
 import comfy.utils
 import torch
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
+from server import PromptServer
 
 from ..nested_core.check.chart import chart
 from ..nested_core.check.keep import keep
@@ -19,7 +20,6 @@ from ..nested_core.errors import NestedAttentionError
 from ..nested_core.hosts.comfy.check import HostBench
 from ..nested_core.hosts.comfy.values import HostEncoder
 from .folders import ENCODERS, find
-from .show import show_text
 from .types import CATEGORY, NestedEncoder
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,8 @@ class NestedCheckEncoder(io.ComfyNode):
         passes = passes_of(encoder.config, len(photos))
         said = f"{passes} forward passes of the U-Net at {size} x {size} are ahead, for {len(photos)} photos."
         log.info("Check Encoder: %s", said)
-        show_text(cls, said)
+        if cls.hidden is not None:  # run by a server
+            PromptServer.instance.send_progress_text(said, cls.hidden.unique_id)
         bench = HostBench(model, clip, vae, encoder, clip_vision, photos, caption, class_word, size)
         bar = comfy.utils.ProgressBar(passes)
         found = search(bench, lambda: bar.update(1))
@@ -110,4 +111,4 @@ class NestedCheckEncoder(io.ComfyNode):
         log.info("%s\n\n%s", text, table)
         best = replace(encoder, config=config_with(encoder.config, found.settings))
         picture = chart(found, encoder.name, headline(found))[None]
-        return io.NodeOutput(best, f"{text}\n\n{table}", picture, ui=show_text(cls, text))
+        return io.NodeOutput(best, f"{text}\n\n{table}", picture, ui=ui.PreviewText(text))

@@ -6,11 +6,10 @@ import logging
 from typing import Any
 
 import torch
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
 
 from ..nested_core.faces import CHOICES, align_face, describe_faces
 from ..nested_core.images import crop_to_subject
-from .show import show_text
 from .types import CATEGORY, FaceLandmarks
 
 log = logging.getLogger(__name__)
@@ -75,7 +74,6 @@ class NestedCropSubject(io.ComfyNode):
                 io.Image.Output(display_name="image", tooltip="Squares, for Encode Subject."),
                 io.Mask.Output(display_name="mask", tooltip="The mask, cut alike; with landmarks: where the photo is."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -94,5 +92,5 @@ class NestedCropSubject(io.ComfyNode):
             told = describe_faces(counts, face, face_number)
             if 0 in counts:
                 log.warning("Crop Subject: %s", told)
-            return io.NodeOutput(upright, inside, ui=show_text(cls, told))
+            return io.NodeOutput(upright, inside, ui=ui.PreviewText(told))
         return io.NodeOutput(*crop_to_subject(image, mask, margin))

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
 
 from ..nested_core.encoder import EncoderConfig
 from ..nested_core.errors import NestedAttentionError
@@ -15,7 +15,6 @@ from ..nested_core.hosts.comfy.unet import encode_tokens, vision_features
 from ..nested_core.hosts.comfy.values import HostEncoder, HostSubject, ReferenceView
 from ..nested_core.images import content_hash, prepare
 from ..nested_core.subject import Subject, merge_subjects, validate_class_word, validate_placeholder
-from .show import show_text
 from .types import CATEGORY, NestedEncoder, NestedSubject
 
 log = logging.getLogger(__name__)
@@ -111,7 +110,6 @@ class NestedEncodeSubject(io.ComfyNode):
                 NestedSubject.Output(display_name="subject", tooltip="For Apply Subject, Merge or Save Subject."),
                 io.Image.Output(display_name="seen", tooltip="The squares that the encoder was shown."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -146,7 +144,7 @@ class NestedEncodeSubject(io.ComfyNode):
         )
         views = tuple(ReferenceView(seen[i : i + 1], features[i : i + 1]) for i in range(len(seen)))
         hint = _look_at_crops(image, encoder)
-        return io.NodeOutput(HostSubject(encoder, subject, views), seen, ui=show_text(cls, hint) if hint else None)
+        return io.NodeOutput(HostSubject(encoder, subject, views), seen, ui=ui.PreviewText(hint) if hint else None)
 
 
 _VIEWS = [f"subject_{i}" for i in range(1, 17)]

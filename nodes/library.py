@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 
 import folder_paths
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
 
 from ..nested_core.errors import NestedAttentionError
 from ..nested_core.hosts.comfy.values import HostEncoder, HostSubject
 from ..nested_core.subject import load_subject, save_subject
 from .encode import CLASS_WORD_TOOLTIP, PLACEHOLDER_TOOLTIP
 from .folders import SUBJECTS, check_choice, content_marker, find, subjects_output
-from .show import show_text
 from .types import CATEGORY, NestedEncoder, NestedSubject
 
 _ADVICE = "Save one with Save Subject, or copy a saved one into models/nested_subjects, then press R."
@@ -31,7 +30,6 @@ class NestedSaveSubject(io.ComfyNode):
             ),
             search_aliases=["nested attention", "export", "store"],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             inputs=[
                 NestedSubject.Input("subject", tooltip="From Encode Subject or Merge Subjects."),
                 io.String.Input(
@@ -66,7 +64,7 @@ class NestedSaveSubject(io.ComfyNode):
             ) from error
         file = f"{name}_{counter:05}_.safetensors"
         save_subject(os.path.join(folder, file), subject.subject)
-        return io.NodeOutput(ui=show_text(cls, f"Saved {os.path.join(SUBJECTS, subfolder, file)}"))
+        return io.NodeOutput(ui=ui.PreviewText(f"Saved {os.path.join(SUBJECTS, subfolder, file)}"))
 
 
 class NestedLoadSubject(io.ComfyNode):

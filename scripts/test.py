@@ -22,14 +22,24 @@ from concurrent.futures import ThreadPoolExecutor
 
 import compatibility
 from kit.environment import make_environment, own_comfyui, run_main, say
-from kit.hosts import HOSTS, NEWEST, OLDEST, make_link, prepared_hosts, unlink
+from kit.hosts import HOSTS, NEWER, NEWEST, OLDEST, fetch_newer, make_link, prepared_hosts, unlink
 from kit.paths import REPO, STATE, VENV_OLDEST_TORCH
 
 NOTHING_COLLECTED = 5  # pytest's exit code
 # Long, and not about the host's version: these run in the newest ComfyUI alone, unless they are asked for.
 ONCE = [
     f"tests/host/test_{name}.py"
-    for name in ("frontend", "fuzz", "installs", "parity", "pretended_gpu", "shipped_world", "small_world", "training")
+    for name in (
+        "frontend",
+        "fuzz",
+        "installs",
+        "parity",
+        "pretended_gpu",
+        "shipped_world",
+        "small_world",
+        "training",
+        "training_guide",
+    )  # fmt: skip
 ]
 # With models of full size: in the newest and the oldest ComfyUI, not in those between.
 AT_BOTH_ENDS = ["tests/host/test_server.py"]
@@ -48,6 +58,8 @@ def main() -> int:
 
     own = own_comfyui()
     hosts = prepared_hosts(HOSTS, arguments.host or (), manager=True)
+    for name in NEWER:  # so that tests need no network
+        fetch_newer(name)
 
     python = [sys.executable, "-m"]
     pytest = [*python, "pytest", "--durations=10", "--durations-min=5"]  # where the time goes

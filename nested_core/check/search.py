@@ -120,7 +120,7 @@ def search(bench: Bench, progress: Callable[[], None] = lambda: None) -> Found:
             f"{bench.photos} photo(s) can't settle anything: give at least {LEAST_PHOTOS}, better 8, of different "
             "subjects if you can."
         )
-    race = _Race(bench, progress)
+    race = Race(bench, progress)
     alive = finalists = combinations(bench.config)
     for levels in ROUNDS:
         finalists = alive
@@ -135,10 +135,13 @@ def search(bench: Bench, progress: Callable[[], None] = lambda: None) -> Found:
     return Found(candidates, torch.stack(list(race.losses.values())), candidates.index(best), other, race.passes)
 
 
-class _Race:
-    """What was measured so far."""
+class Race:
+    """What was measured so far.
 
-    def __init__(self, bench: Bench, progress: Callable[[], None]) -> None:
+    nothing: (n, L), the losses without a subject, of which all others are shares.
+    """
+
+    def __init__(self, bench: Bench, progress: Callable[[], None] = lambda: None) -> None:
         self.bench, self.progress, self.passes = bench, progress, 0
         self.losses: dict[Settings, Tensor] = {}
         self.nothing = torch.ones(bench.photos, len(LEVELS), dtype=torch.float64)

@@ -18,6 +18,7 @@ try:
         OptimiserConfig,
         SampleConfig,
         TrainingConfig,
+        ValidationConfig,
     )
     from .examples import Example, ExampleSubject
     from .export import load_trained
@@ -43,6 +44,7 @@ __all__ = [
     "OptimiserConfig",
     "SampleConfig",
     "TrainingConfig",
+    "ValidationConfig",
     "VisionTower",
     "load_base",
     "load_trained",

@@ -14,8 +14,10 @@ Method = Literal["nested", "decoupled"]
 Features = Literal["penultimate", "last"]
 LayerInit = Literal["auto", "file", "unet", "random", "zero"]
 Schedule = Literal["constant", "cosine", "linear"]
+OptimiserKind = Literal["adamw", "adamw8bit"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 CacheKind = Literal["none", "memory", "disk"]
+Layout = Literal["subjects", "pictures", "kohya"]
 
 
 def _check_choices(section: Any) -> None:
@@ -70,30 +72,52 @@ class DataConfig:
     """Where examples come from and how they are prepared. Layout: docs/training.md.
 
     Attributes:
-        folders: folders that hold one folder per subject.
+        folders: folders of pictures, as `layout` says, or of a data set that `datasets` saved to disk.
         shards: webdataset shards: paths or addresses, braces expanded ("data/{0000..0041}.tar").
         shard_cache: folder that shards with an address are copied to.
-        class_word: what subjects are, where they have no class.txt.
+        layout: what is one subject. "subjects": a folder of pictures. "pictures": every picture is a subject of its
+            own. "kohya": a folder named by repeats and class word ("10_golden retriever"). A column of metadata.jsonl
+            that says the subject wins over it.
+        class_word: what subjects are, where nothing else says so (class.txt, metadata.jsonl, kohya's folder).
         placeholder: the word in captions that stands for the subject; captions may also use the class word itself.
+        captions: for pictures whose own caption does not mention the subject, or who have none. "{subject}" becomes
+            the placeholder, "{caption}" the picture's own caption; those with it are for pictures that have one. One
+            is drawn each time.
+        caption_column: of metadata.jsonl and `datasets`: the caption, or several.
+        subject_column: of the same: who it is.
+        class_column: of the same: the class word.
+        broken: at a picture that can't be read: "stop", or "skip" it, naming it once.
         resolution: side of the square target picture, in pixels; a multiple of 8.
         crop: of targets that are not square: random or centre.
+        reference: where the picture that the encoder is shown comes from, unless one is said (01.reference.png):
+            "others", the subject's other pictures, or the target itself, augmented, where there are none; "self",
+            always the target itself, cut to the subject by its landmarks, box or mask, as in the paper.
+        margin: room around what a reference is cut to (a face's square, a box, a mask), in sides of it.
         references: pictures of a subject that are shown per example, at most; fewer where it has fewer. A random
             number from 1 to this where `vary_references`.
         vary_references: see `references`.
         fit: how a reference becomes the square that the vision tower sees, as in Encode Subject: crop or pad.
-        use_masks: paint over what lies outside a reference's mask, where it has one.
-        augment: share of references that are augmented (cropped, mirrored, colours shifted). Where a subject has a
-            single picture, which is then target and reference, always.
+        use_masks: paint over what lies outside a reference's mask, where it has one. If not, it is cut to the mask.
+        augment: share of references that are augmented (cropped, mirrored, colours shifted). Where target and
+            reference are the same picture and it is not cut, always.
         flip: share of examples whose target is mirrored.
     """
 
     folders: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
     shard_cache: str = "shard_cache"
+    layout: Layout = "subjects"
     class_word: str = ""
     placeholder: str = "<subject>"
+    captions: list[str] = field(default_factory=list)
+    caption_column: str = "text"
+    subject_column: str = "subject"
+    class_column: str = "class"
+    broken: Literal["stop", "skip"] = "stop"
     resolution: int = 1024
     crop: Literal["random", "centre"] = "random"
+    reference: Literal["others", "self"] = "others"
+    margin: float = 0.0
     references: int = 1
     vary_references: bool = False
     fit: Literal["crop", "pad"] = "crop"
@@ -105,8 +129,15 @@ class DataConfig:
         _check_choices(self)
         _check_range(self, ("resolution", "references"), 1)
         _check_range(self, ("augment", "flip"), 0, 1)
+        _check_range(self, ("margin",), 0, 4)
         if self.resolution % 8:
             raise NestedAttentionError(f"resolution is {self.resolution}; expected a multiple of 8 (the VAE's step).")
+        for caption in self.captions:
+            if "{subject}" not in caption:
+                raise NestedAttentionError(
+                    f'data.captions has "{caption}", which does not say where the subject stands: write {{subject}} '
+                    'into it, as in "a photo of {subject}".'
+                )
 
 
 @dataclass
@@ -202,6 +233,8 @@ class OptimiserConfig:
         warmup: steps in which the rates rise from 0.
         max_grad_norm: gradients are scaled down to it; 0: never.
         ema: decay of the averaged weights, which are what is exported and sampled; 0: none.
+        kind: "adamw", or "adamw8bit": its moments in 8 bits, a quarter of their memory. Needs bitsandbytes.
+        shard: share the moments out among the processes: each has its part of them, where it had all.
     """
 
     qformer_rate: float = 1e-4
@@ -214,9 +247,15 @@ class OptimiserConfig:
     warmup: int = 500
     max_grad_norm: float = 1.0
     ema: float = 0.0
+    kind: OptimiserKind = "adamw"
+    shard: bool = False
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        if self.shard and self.kind != "adamw":
+            raise NestedAttentionError(
+                f'optimiser.shard is for kind "adamw"; got "{self.kind}". Moments in 8 bits are a quarter already.'
+            )
         _check_range(self, ("qformer_rate", "layers_rate", "weight_decay", "warmup", "max_grad_norm"), 0)
         _check_range(self, ("ema", "beta1", "beta2"), 0, 0.999999)
 
@@ -278,6 +317,30 @@ class SampleConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """Subjects that are not trained on, to measure the encoder with at every checkpoint (and at the start).
+
+    Attributes:
+        share: of the subjects, chosen by their names, two at least; 0: none.
+        subjects: names of subjects (folders) that are held out too.
+        pictures: of each held-out subject, at most.
+    """
+
+    share: float = 0.0
+    subjects: list[str] = field(default_factory=list)
+    pictures: int = 2
+
+    def __post_init__(self) -> None:
+        _check_range(self, ("share",), 0, 0.9)
+        _check_range(self, ("pictures",), 1)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any are held out."""
+        return self.share > 0 or bool(self.subjects)
+
+
+@dataclass
 class TrainingConfig:
     """A whole run.
 
@@ -289,11 +352,12 @@ class TrainingConfig:
         precision: of the passes: fp32, bf16 or fp16, by autocast; trained weights stay fp32. "auto": what the machine
             is fastest with; on a CPU it measures that. A run that goes on keeps what it began with.
         gradient_checkpointing: recompute the U-Net's blocks in the backward pass: less memory, a third more time.
+        compile: compile the U-Net's convolution blocks and feed-forwards (torch.compile; the first steps take minutes).
         seed: of everything random. Two runs of one config are equal, and a resumed run is equal to one without a stop.
         workers: processes that read data; 0: the training process itself.
         cpu: train on the CPU even where there is a GPU.
         save_every: steps between checkpoints; 0: only at the end.
-        keep: checkpoints that are kept, the newest.
+        keep: checkpoints that are kept, the newest; and the best one, where subjects are held out.
         resume: "auto" goes on from the newest checkpoint in `output`, "never" starts anew (in an empty folder), and a
             path goes on from that checkpoint.
         log_every: steps between log entries.
@@ -307,6 +371,7 @@ class TrainingConfig:
         optimiser: how it learns.
         loss: what it learns from.
         samples: pictures on the way.
+        validation: held-out subjects.
     """
 
     output: str = "runs/encoder"
@@ -315,6 +380,7 @@ class TrainingConfig:
     accumulation: int = 1
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     workers: int = 2
     cpu: bool = False
@@ -332,6 +398,7 @@ class TrainingConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         _check_choices(self)

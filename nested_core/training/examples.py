@@ -46,6 +46,7 @@ class Example:
     placeholders. subjects: none, one or several. mask: (H, W), 1 where the loss counts more, or None. original_size
     (height, width) and crop (top, left) are SDXL's conditions: of the target before it was resized and cropped.
     latents: what the VAE makes of the target, scaled (C, h, w), where that is known already. name: for messages.
+    position: in the run, where it was drawn for one.
     """
 
     target: Tensor
@@ -55,6 +56,7 @@ class Example:
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] = (0, 0)
     latents: Tensor | None = None
+    position: int = 0
     name: str = ""
 
 
@@ -107,7 +109,7 @@ class Batch:
 
     targets (B, H, W, 3); prompts as the text encoder reads them; references (R, S, S, 3), what the vision tower is
     shown; groups: who is bound where; weights (B, H, W) of the loss or None; time_ids (B, 6), SDXL's conditions;
-    latents (B, C, h, w) where the examples have them.
+    latents (B, C, h, w) where the examples have them; positions of the rows in the run.
     """
 
     targets: Tensor
@@ -117,6 +119,7 @@ class Batch:
     weights: Tensor | None
     time_ids: Tensor
     latents: Tensor | None = None
+    positions: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
     @property
@@ -156,7 +159,7 @@ class Draws(torch.utils.data.Dataset[Example]):
     def __getitem__(self, position: int) -> Example:
         index, rng = self.index(position), rng_of(self.seed, "example", position)
         example = self.data.draw(index, rng) if isinstance(self.data, RandomExamples) else self.data[index]
-        return self._show(self._drop(example, rng))
+        return replace(self._show(self._drop(example, rng)), position=position)
 
     def undropped(self) -> Draws:
         """The same examples with all their conditions."""
@@ -239,6 +242,7 @@ class Collate:
             weights=self._weights(examples),
             time_ids=torch.tensor([_time_ids(example) for example in examples], dtype=torch.float32),
             latents=_latents(examples),
+            positions=[example.position for example in examples],
             names=[example.name for example in examples],
         )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -24,20 +24,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
-from ..files import PRECISIONS
+from ..errors import NestedAttentionError
+from ..files import PRECISIONS, few
 from . import checkpoints
 from .base import BaseModel, load_base
 from .config import TrainingConfig
+from .costs import memory_of, unet_costs
 from .data import SubjectData
-from .examples import Batch, Collate, Draws, rng_of
+from .examples import Batch, Collate, Draws, Example, rng_of
 from .export import export
 from .frozen import FrozenEncoders, make_cache
 from .initial import make_encoder
 from .journal import Callback, Journal
 from .model import SubjectDenoiser
 from .objective import denoising_loss, make_optimiser
+from .parallel import check_launched, check_workers, compiled, heap_left_alone
 from .precision import mixed, settled
+from .provenance import trained_on
 from .samples import write_samples
+from .validation import HeldOut, Validation, Validator, split
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +75,7 @@ class Run:
     frozen: FrozenEncoders
     model: SubjectDenoiser
     noise: Any
+    held_out: HeldOut
 
 
 @contextmanager
@@ -81,6 +87,8 @@ def accelerated(config: TrainingConfig) -> Iterator[Accelerator]:
         gradient_accumulation_steps=config.accumulation,
         cpu=config.cpu,
         log_with=None if config.tracker == "none" else config.tracker,
+        # Gradients are seen where they are summed up: with buckets of their own they would be there twice.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
     )
     try:
@@ -91,6 +99,11 @@ def accelerated(config: TrainingConfig) -> Iterator[Accelerator]:
         AcceleratorState._reset_state(reset_partial_state=False)
 
 
+def noise_generator(seed: int, position: int) -> torch.Generator:
+    """Of the noise and the timestep of the example at a position of the run."""
+    return torch.Generator().manual_seed(rng_of(seed, "noise", position).getrandbits(63))
+
+
 def frozen_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """The type of the frozen weights: what the config says, else the precision's, but fp32 on a CPU."""
     if config.base.dtype != "auto":
@@ -98,7 +111,13 @@ def frozen_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else PRECISIONS[config.precision]
 
 
-def prepare(config: TrainingConfig, accelerator: Accelerator, base: BaseModel | None, data: Any | None) -> Run:
+def prepare(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    base: BaseModel | None,
+    data: Any | None,
+    validation: Sequence[Example] = (),
+) -> Run:
     """Loads what is not given, puts it on the device, makes the encoder."""
     set_seed(config.seed)
     device = accelerator.device
@@ -114,6 +133,9 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, base: BaseModel | 
     if isinstance(data, SubjectData):
         for caption in data.captions():
             collate.read(caption)  # finds words beyond what the text encoder reads before the first step
+        data, held_out = split(data, config.validation)
+    else:
+        held_out = held_out_of(validation, config)
     cache = make_cache(config.cache, config.cache_gb, Path(config.output) / "cache")
     size = base.vision.image_size
     return Run(
@@ -125,11 +147,35 @@ def prepare(config: TrainingConfig, accelerator: Accelerator, base: BaseModel | 
         frozen=FrozenEncoders(base, device, dtype, config.encoder.image_features, cache),
         model=SubjectDenoiser(encoder, base.unet, config.encoder.method, config.encoder.learn_alpha),
         noise=DDPMScheduler.from_config(base.scheduler.config),
+        held_out=held_out,
     )
 
 
+def held_out_of(examples: Sequence[Example], config: TrainingConfig) -> HeldOut:
+    """Held-out subjects of a data set that was given: one per example.
+
+    Raises NestedAttentionError: fewer than two; one without a subject or with several; a share is to be chosen.
+    """
+    if config.validation.wanted:
+        raise NestedAttentionError(
+            "validation.share and validation.subjects choose from data.folders and data.shards; here a data set was "
+            "given. Give train() the held-out examples, as `validation`."
+        )
+    wrong = [example.name or str(i) for i, example in enumerate(examples) if len(example.subjects) != 1]
+    if wrong or len(examples) == 1:
+        raise NestedAttentionError(
+            f"`validation` has {len(examples)} example(s); expected two or more, each of one subject, so that one can "
+            f"be shown another's photo. Not of one subject: {few(wrong) or 'none'}."
+        )
+    return {f"{i} {example.name}".strip(): [example] for i, example in enumerate(examples)}
+
+
 def train(
-    config: TrainingConfig, base: BaseModel | None = None, data: Any | None = None, callback: Callback | None = None
+    config: TrainingConfig,
+    base: BaseModel | None = None,
+    data: Any | None = None,
+    callback: Callback | None = None,
+    validation: Sequence[Example] = (),
 ) -> Path:
     """Trains an encoder and returns the exported file, `config.output`/encoder.safetensors.
 
@@ -137,18 +183,21 @@ def train(
         config: the run.
         base: the frozen models; None loads what `config.base` names.
         data: a map-style data set of `Example`s, or `RandomExamples`; None reads what `config.data` names.
-        callback: is given each log entry: step, loss, rates, gradient norm, examples per second.
+        callback: is given each log entry: step, loss, rates, gradient norm, examples per second and so on; and those of
+            validations, which have step and their figures.
+        validation: where `data` is given, an example of each held-out subject, one subject in each.
 
     Raises NestedAttentionError for whatever does not fit, before the first step where possible.
     """
-    resume = checkpoints.to_resume(config)
+    check_launched()
+    resume = checkpoints.agreed_resume(config)
     config = settled(config, resume)
-    with accelerated(config) as accelerator:
-        run = prepare(config, accelerator, base, data)
+    with accelerated(config) as accelerator, checkpoints.loss_of_a_process_told(accelerator, config):
+        run = prepare(config, accelerator, base, data, validation)
         if config.gradient_checkpointing:
             run.base.unet.enable_gradient_checkpointing()
         try:
-            with run.model.attached():
+            with run.model.attached(), compiled(run.base.unet, config.compile):
                 return Trainer(run, callback).train(resume)
         finally:
             if config.gradient_checkpointing:
@@ -164,7 +213,7 @@ class Trainer:
         run.model.to(self.accelerator.device)
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
         self.ema = EMAModel(self.parameters, decay=options.ema) if options.ema else None
-        optimiser = make_optimiser(run.model, options)
+        optimiser = make_optimiser(run.model, options, self.accelerator.num_processes)
         names = {"constant": "constant_with_warmup"}
         self.schedule = get_scheduler(
             names.get(options.schedule, options.schedule),
@@ -178,7 +227,9 @@ class Trainer:
         if self.ema:
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
+        self.validator = Validator(run, run.held_out) if run.held_out else None
         self.step = self.samples = 0
+        self.forecast: float | None = None
         self.grad_norm: Tensor | None = None
 
     def train(self, resume: Path | None) -> Path:
@@ -189,6 +240,7 @@ class Trainer:
             output.mkdir(parents=True, exist_ok=True)
             (output / "config.json").write_text(json.dumps(asdict(config), indent=2), "utf-8")
         accelerator.wait_for_everyone()
+        checkpoints.check_shared(config, accelerator)
         if config.tracker != "none":
             accelerator.init_trackers("logs")
         if resume is not None:
@@ -197,6 +249,9 @@ class Trainer:
                 self.ema.to(accelerator.device)  # accelerate loads what is registered on the CPU
             log.info("going on from %s", resume)
         begun = saved = self.step
+        self.journal = Journal(accelerator, output, range(begun, config.steps), self.callback)
+        if self.validator and not begun:
+            self._validate()  # where the curve begins
         for _ in self._steps():
             if config.save_every and self.step % config.save_every == 0:
                 saved = self.step
@@ -215,6 +270,7 @@ class Trainer:
     def _steps(self) -> Iterator[None]:
         """Takes the steps that are left, and comes back after each."""
         config, accelerator = self.config, self.accelerator
+        check_workers(accelerator, config.workers)
         passes = (config.steps - self.step) * config.accumulation
         batches = DataLoader(
             self.run.draws,
@@ -226,8 +282,8 @@ class Trainer:
             persistent_workers=config.workers > 0,
         )
         bar = tqdm(total=config.steps, initial=self.step, disable=not accelerator.is_main_process, desc="steps")
-        journal = Journal(accelerator, Path(config.output), self.callback)
-        with bar:
+        journal = self.journal
+        with bar, heap_left_alone(config.workers > 0):
             for batch in batches:
                 loss = self._pass(batch)
                 self.samples += config.batch_size * accelerator.num_processes
@@ -239,6 +295,7 @@ class Trainer:
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     entry = journal.write(self.step, float(self.schedule.get_last_lr()[-1]), self.grad_norm)
                     bar.set_postfix(loss=f"{entry['loss']:.4f}")
+                    self._compare_memory(entry)
                 yield
 
     def _pass(self, batch: Batch) -> Tensor:
@@ -246,13 +303,12 @@ class Trainer:
         accelerator, options = self.accelerator, self.config.optimiser
         conditions = self.run.frozen.conditions(batch)
         latents = self.run.frozen.latents(batch)
-        generator = torch.Generator().manual_seed(
-            rng_of(self.config.seed, "noise", self.samples, accelerator.process_index).getrandbits(63)
-        )
+        # By position, not by process: so it is the same however many processes share the work.
+        generators = [noise_generator(self.config.seed, position) for position in batch.positions]
         with accelerator.accumulate(self.model):
             loss = denoising_loss(
                 lambda noisy, times: self.model(noisy, times, conditions),
-                self.run.noise, latents, generator, self.config.loss, batch.weights,
+                self.run.noise, latents, generators, self.config.loss, batch.weights,
             )  # fmt: skip
             accelerator.backward(loss)
             if accelerator.sync_gradients and options.max_grad_norm:
@@ -279,14 +335,36 @@ class Trainer:
         finally:
             self.ema.restore(self.parameters)
 
-    def _save(self) -> None:
-        checkpoints.save(self.accelerator, self.config, self.step, self.samples)
-        self._export()
+    def _compare_memory(self, entry: dict[str, float]) -> None:
+        """Once a run: what the dry run would have said of the memory, beside what it is."""
+        if self.forecast is None and self.accelerator.is_main_process:
+            self.forecast = sum(memory_of(self.run, unet_costs(self.run)).values()) / 1e9
+            log.info("memory: %.2f GB; the forecast was %.2f GB", entry["memory_gb"], self.forecast)
 
-    def _export(self) -> None:
+    def _validate(self) -> Validation:
+        """The averaged weights on the held-out subjects, in all processes together; logged."""
+        assert self.validator is not None
+        with self.averaged():
+            found = self.validator.measure()
+        self.journal.note({"step": self.step, **found.figures()})
+        if self.accelerator.is_main_process:
+            log.info("step %d, %s", self.step, found)
+        return found
+
+    def _save(self) -> None:
+        said: dict[str, Any] = {}
+        if self.validator:
+            said = {"subjects": list(self.run.held_out), **self._validate().figures()}
+        best = checkpoints.save(self.accelerator, self.config, self.step, self.samples, said)
+        self._export()
+        if best:
+            self._export("encoder-best.safetensors")
+
+    def _export(self, name: str = "encoder.safetensors") -> None:
         if self.accelerator.is_main_process:
             with self.averaged():
-                export(Path(self.config.output) / "encoder.safetensors", self.run.model)
+                trained = trained_on(self.run, self.step, self.samples)
+                export(Path(self.config.output) / name, self.run.model, trained)
 
     def _write_samples(self) -> None:
         if self.accelerator.is_main_process:

@@ -6,6 +6,7 @@ The counts are exact for the operations that PyTorch is asked for; how long a GP
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import skimage.data
 import torch
@@ -42,19 +43,22 @@ def measure(version: str) -> dict[str, Any]:
 def _table(texts: Any, host: PretendedHost, name: str) -> dict[str, Any]:
     size, layers = SIZES[host.family], len(host.encoder.config.widths)
 
-    def step(subjects: int, tokens: int = 1024) -> Counts:
+    def step(subjects: int, tokens: int, triton: bool) -> Counts:
         model, clip = host.model, texts.clip
         for i in range(subjects):
             model, clip = texts.apply(host.subject(tokens, NAMES[i], WORDS[i]), model, clip)
-        return host.sample(model, texts.encode(clip, PROMPT), texts.encode(clip, ""), size)[-1]
+        with patch.object(texts.pack.kernels, "chosen", lambda: triton):
+            return host.sample(model, texts.encode(clip, PROMPT), texts.encode(clip, ""), size)[-1]
 
-    plain, rows = step(0), Rows()
-    for title, subjects, tokens in (
-        ("plain", 0, 0), ("1 subject, 16 tokens", 1, 16), ("1 subject, 256 tokens", 1, 256),
-        ("1 subject, 1024 tokens", 1, 1024), ("2 subjects, 1024 tokens each", 2, 1024),
-        ("4 subjects, 1024 tokens each", 4, 1024),
+    plain, rows = step(0, 0, False), Rows()
+    for title, subjects, tokens, triton in (
+        ("plain", 0, 0, False), ("1 subject, 16 tokens", 1, 16, False), ("1 subject, 256 tokens", 1, 256, False),
+        ("1 subject, 1024 tokens", 1, 1024, False), ("2 subjects, 1024 tokens each", 2, 1024, False),
+        ("4 subjects, 1024 tokens each", 4, 1024, False),
+        ("1 subject, 1024 tokens, Triton's kernel", 1, 1024, True),
+        ("4 subjects, 1024 tokens each, Triton's kernel", 4, 1024, True),
     ):  # fmt: skip
-        counts = step(subjects, tokens) if subjects else plain
+        counts = step(subjects, tokens, triton) if subjects else plain
         more = counts.named() - plain.named()
         more.pop("scaled_dot_product_attention", None)
         rows.append(

@@ -116,8 +116,12 @@ window.nested = {
     return this.view(nodes.map(this.box), () => 1)
   },
 
-  // A node with its title: left, top, right, bottom.
-  box: (n) => [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]],
+  // A node with its title: left, top, right, bottom. The newer nodes are as high as their elements.
+  box(n) {
+    const [x, y] = n.pos, element = document.querySelector(`[data-node-id="${n.id}"]`)
+    const height = element ? element.getBoundingClientRect().height / app.canvas.ds.scale : n.size[1] + 30
+    return [x, y - 30, x + n.size[0], y - 30 + height]
+  },
 
   view(boxes, scaleOf) {
     const [left, top] = [0, 1].map((side) => Math.min(...boxes.map((b) => b[side])))

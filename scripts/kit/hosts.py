@@ -21,6 +21,11 @@ HOSTS = {
     "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
 }
 NEWEST, OLDEST = "0.30.0", "0.16.3"
+# What people update on its own, newer than the newest host asks for: pip's lines, without what those need in turn.
+NEWER = {
+    "frontend": ("comfyui-frontend-package==1.58.1",),
+    "manager": ("comfyui-manager==4.3", "nh3==0.3.7"),
+}
 
 
 def version_of(host: Path) -> str:
@@ -94,6 +99,27 @@ def fetch_host(version: str) -> Path:
     os.replace(found, target)
     _remove(temporary)
     return target
+
+
+def fetch_newer(name: str) -> Path:
+    """A folder with a newer one of what `NEWER` names, fetched unless it is there: a place to import it from."""
+    lines = NEWER[name]
+    target, temporary = STATE / f"newer-{name}", STATE / f"unpacking-{name}-{os.getpid()}"
+    stamp, content = target / STAMPS, "\n".join(lines)
+    if stamp.is_file() and stamp.read_text("utf-8") == content:
+        return target
+    say(f"fetching {', '.join(lines)}")
+    _remove(temporary)
+    pip("install", "--quiet", "--no-deps", "--target", temporary, *lines, why=f"Installing {', '.join(lines)}")
+    (temporary / STAMPS).write_text(content, "utf-8")
+    _remove(target)
+    os.replace(temporary, target)
+    return target
+
+
+def newest_frontend() -> list[str]:
+    """ComfyUI's command line for the newest frontend, which is fetched unless it is there."""
+    return ["--front-end-root", str(fetch_newer("frontend") / "comfyui_frontend_package" / "static")]
 
 
 def prepared_hosts(

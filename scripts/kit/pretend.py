@@ -126,6 +126,9 @@ class PretendedGpu(TorchDispatchMode):
             counts.waits.append(f"{func} of {_said(given)}")
         if func.is_view:
             return
+        if not made:  # an operation that writes into what it is given, and returns nothing
+            schema = zip(func._schema.arguments, args, strict=False)
+            made = [x for said, x in schema if said.alias_info is not None and said.alias_info.is_write]
         if "empty" not in func.name():
             counts.kernels.append(func.name().removeprefix("aten::"))
         counts.moved += sum(x.numel() * x.element_size() for x in (*given, *made))

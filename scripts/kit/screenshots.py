@@ -7,12 +7,16 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Page
+
+from demo import shipped
 
 from . import small_world
 from .browser import browser, frontend, lay_out, load, load_and_run, open_help, shoot
 from .environment import say
+from .hosts import newest_frontend
 from .paths import REPO, STATE
 from .server import Server
 from .upright import upright_faces
@@ -89,11 +93,11 @@ def all_nodes(t: Template) -> None:
         ["NestedEncodeSubject", "NestedLoadSubject", "NestedSeparateSubjects", "NestedPictureGrid"],
         ["NestedApplySubject", "NestedAdjustSubject", "NestedGridValues"],
         ["NestedApplySubjectAdvanced", "NestedRecordAttention", "NestedShowBinding"],
-        ["NestedAttentionMaps", "NestedExplain"],
+        ["NestedAttentionMaps", "NestedExplain", "NestedCheckEncoder"],
     ):
         t.column(300)
         for kind in column:
-            files = {"NestedEncoderLoader": {"encoder_name": ENCODER}}
+            files = {"NestedEncoderLoader": {"encoder_name": shipped.ENCODER}}  # one that is there
             t.node(kind, kind, widgets=files.get(kind))
 
 
@@ -118,16 +122,17 @@ def help_pictures(page: Page, server: Server) -> None:
 
 
 def take(host: Path) -> None:
-    """All of them."""
+    """All of them, in the newest frontend's newer nodes."""
     FRONTEND.mkdir(parents=True, exist_ok=True)
     for picture in (HELP / "NestedCropSubject.jpg", REPO / "docs" / "images" / "upright_faces.jpg"):
         upright_faces(picture)
     packs = small_world.link_packs(host)
     small_world.provide_models(STATE / "models")
     first = json.loads((WORKFLOWS / "first_portrait.json").read_text("utf-8"))
+    newest, newer_nodes = newest_frontend(), {"Comfy.VueNodes.Enabled": True}
     with browser() as chromium:
-        with Server(host, STATE / "frontend", models=STATE / "models", only=packs) as server:
-            page = frontend(chromium, server, 2600, 1500)
+        with Server(host, STATE / "frontend", models=STATE / "models", only=packs, options=newest) as server:
+            page = frontend(chromium, server, 2600, 1500, newer_nodes)
             help_pictures(page, server)
             template = Template("nodes")
             all_nodes(template)
@@ -138,10 +143,12 @@ def take(host: Path) -> None:
             shoot(page, REPO / "docs" / "images" / "first_portrait_graph.png")
             page.close()
 
-            page = frontend(chromium, server, 2600, 1500, {"Comfy.VueNodes.Enabled": True})
-            here = small_world.with_models(copy.deepcopy(first), server.input)
-            load_and_run(page, server, here, "first_portrait")
-            shoot(page, FRONTEND / "first_portrait_vue_nodes.jpg")
+            page = frontend(chromium, server, 1500, 900, newer_nodes)
+            load(page, here, "first_portrait")
+            page.evaluate("() => nested.show(['Apply Subject'])")
+            open_help(page, "NestedApplySubject")
+            page.wait_for_timeout(1500)
+            page.screenshot(path=FRONTEND / "help.jpg", type="jpeg", quality=82)
             page.close()
 
         # As a stranger has it: the pack, and none of the files yet.
@@ -150,17 +157,23 @@ def take(host: Path) -> None:
             work = Path(empty) / "work"
             (work / "input").mkdir(parents=True)
             shutil.copy(host / "input" / "example.png", work / "input")
-            with Server(host, work, models=Path(empty) / "models", only=packs[:1]) as server:
-                page = frontend(chromium, server, 1900, 1080)
-                page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-                page.wait_for_timeout(4000)
-                page.screenshot(path=FRONTEND / "templates.jpg", type="jpeg", quality=80)
-                page.keyboard.press("Escape")
+            with Server(host, work, models=Path(empty) / "models", only=packs[:1], options=newest) as server:
+                page = frontend(chromium, server, 1500, 1000, newer_nodes)
+                _templates(page)
                 load(page, first, "first_portrait")
-                page.evaluate("() => { app.canvas.ds.scale = 0.75; app.canvas.ds.offset = [110, 370] }")
                 page.get_by_text("View details").click()
                 page.wait_for_timeout(1500)
-                page.screenshot(path=FRONTEND / "missing_models.jpg", type="jpeg", quality=80)
-                open_help(page, "NestedApplySubject")
-                page.wait_for_timeout(1500)
-                page.screenshot(path=FRONTEND / "help.jpg", type="jpeg", quality=80)
+                # The list alone: on the canvas beside it every loader is framed, and so it should be.
+                box: Any = page.get_by_text("Workflow Overview").first.bounding_box()
+                clip: Any = {"x": box["x"] - 18, "y": box["y"] - 22, "width": 1518 - box["x"], "height": 640}
+                page.screenshot(path=FRONTEND / "missing_models.jpg", type="jpeg", quality=85, clip=clip)
+
+
+def _templates(page: Page) -> None:
+    """The template browser, the pack's templates by name."""
+    page.evaluate("() => { app.graph.clear(); app.extensionManager.command.execute('Comfy.BrowseTemplates') }")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("comfyui-nested-att").click()
+    page.wait_for_timeout(4000)
+    dialog.screenshot(path=FRONTEND / "templates.jpg", type="jpeg", quality=82)
+    page.keyboard.press("Escape")

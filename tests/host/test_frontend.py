@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
+import re
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +16,23 @@ from PIL import Image
 
 from kit import browser, small_world
 from kit.graphs import picture_file
-from kit.hosts import NEWEST, version_of
+from kit.hosts import NEWEST, newest_frontend, version_of
 from kit.paths import REPO
 from kit.server import Server
+from kit.workflows.templates import TEMPLATES
+from nested_core import health
 
 HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
 pytestmark = pytest.mark.skipif(version_of(HOST) != NEWEST, reason="the frontend is that of the newest ComfyUI")
 # What it loads is what another one saves.
 NAMES = sorted((path.stem for path in (REPO / "workflows").glob("*.json")), key=lambda name: name != "save_subject")
 BLUEPRINTS = sorted(path.stem for path in (REPO / "subgraphs").glob("*.json"))
+
+#: What people look at: the frontend that the host asks for, and the newest; nodes on the canvas, and the newer nodes.
+VIEWS = {"pinned": ("pinned", False), "newest": ("newest", True), "pinned, newer nodes": ("pinned", True)}
+# Where the frontend alone decides, each of the two is asked; what it asks of the host is the same in both.
+in_both = pytest.mark.parametrize("view", ["pinned", "newest"], indirect=True)
+in_the_pinned = pytest.mark.parametrize("view", ["pinned"], indirect=True)
 
 
 def workflow(name):
@@ -36,14 +47,34 @@ def in_a_few_steps(graph):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    work, models = tmp_path_factory.mktemp("frontend"), tmp_path_factory.mktemp("models")
-    (work / "input").mkdir()
-    # The host brings a picture of this name, which the workflows show until there is another.
-    Image.radial_gradient("L").save(work / "input" / "example.png")
+def serve(tmp_path_factory):
+    """serve(frontend) -> a server with the frontend of that name."""
+    models = tmp_path_factory.mktemp("models")
     small_world.provide_models(models)
-    with Server(HOST, work, models=models, only=small_world.link_packs(HOST)) as running:
-        yield running
+    with ExitStack() as stack:
+
+        @functools.cache
+        def serve(frontend):
+            work = tmp_path_factory.mktemp("frontend")
+            (work / "input").mkdir()
+            # The host brings a picture of this name, which the workflows show until there is another.
+            Image.radial_gradient("L").save(work / "input" / "example.png")
+            options = newest_frontend() if frontend == "newest" else []
+            server = Server(HOST, work, models=models, only=small_world.link_packs(HOST), options=options)
+            return stack.enter_context(server)
+
+        yield serve
+
+
+@pytest.fixture(scope="module", params=VIEWS)
+def view(request):
+    """A name of `VIEWS`."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(serve, view):
+    return serve(VIEWS[view][0])
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +84,17 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def page(chromium, server):
-    return browser.frontend(chromium, server)
+def page(chromium, server, view):
+    page = browser.frontend(chromium, server, 1800, 1000, {"Comfy.VueNodes.Enabled": VIEWS[view][1]})
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def opened(request, page):
+    """The name of a workflow that is on the canvas, as it is shared. Several tests look at it: nobody changes it."""
+    browser.load(page, workflow(request.param), request.param)
+    return request.param
 
 
 def content(page, graph=None):
@@ -104,16 +144,34 @@ def test_what_a_graph_needs_of_the_host_is_seen(page):
     assert {node.split()[1] for node in in_error(page)} >= {"CheckpointLoaderSimple"}, "files that are not there"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_workflow_opens_runs_and_stays_as_it_was(page, server, name):
-    shared = workflow(name)
-    browser.load(page, shared, name)
+def test_the_twin_for_scripts_is_what_the_frontend_would_send(page, view, opened):
+    sent = page.evaluate("async () => (await app.graphToPrompt()).output")
+    twin = json.loads((REPO / "workflows" / "api" / f"{opened}.json").read_text("utf-8"))
+    if VIEWS[view][0] == "pinned":  # which does not say yet where a node is from
+        twin = {number: {**node, "_meta": {"title": node["_meta"]["title"]}} for number, node in twin.items()}
+    assert sent == twin
+
+
+def test_no_node_lies_on_another(page, view, opened):
+    page.evaluate("() => nested.fit()")
+    page.wait_for_timeout(700)
+    elements = page.locator("[data-node-id]").count()
+    assert elements == (len(workflow(opened)["nodes"]) if VIEWS[view][1] else 0), "drawn as they should be"
+    assert page.evaluate("() => nested.overlapping()") == []
+
+
+def test_a_workflow_opens_and_stays_as_it_was(page, opened):
+    shared = workflow(opened)
     assert missing(page) == []
     assert content(page) == content(page, shared), "opened and saved"
     page.evaluate("async () => { await app.loadGraphData(app.graph.serialize()) }")
     assert content(page) == content(page, shared), "saved, opened and saved again"
 
-    here = in_a_few_steps(small_world.with_models(shared, server.input))
+
+@in_the_pinned
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_runs(page, server, name):
+    here = in_a_few_steps(small_world.with_models(workflow(name), server.input))
     browser.load(page, here, name)
     assert in_error(page) == []
     entry = browser.queue(page, server)
@@ -123,20 +181,12 @@ def test_a_workflow_opens_runs_and_stays_as_it_was(page, server, name):
     assert content(page) == content(page, here), "a run changes nothing"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_twin_for_scripts_is_what_the_frontend_would_send(page, name):
-    browser.load(page, workflow(name), name)
-    sent = page.evaluate("async () => (await app.graphToPrompt()).output")
-    twin = json.loads((REPO / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
-    assert sent == twin
-
-
 def test_every_workflow_has_a_twin_and_no_other_is_there():
     assert sorted(path.stem for path in (REPO / "workflows" / "api").glob("*.json")) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_models_can_be_downloaded_from_where_they_are_missing(page, name):
+def test_models_can_be_downloaded_from_where_they_are_missing(name):
     """Each file that a loader names, with its folder and address, as the frontend's missing-models list wants it."""
     for node in workflow(name)["nodes"]:
         files = [value for value in node.get("widgets_values") or [] if str(value).endswith(".safetensors")]
@@ -152,6 +202,17 @@ def test_models_can_be_downloaded_from_where_they_are_missing(page, name):
             }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_notes_are_short_and_in_the_largest_letters(name):
+    """A template opens whole, at half its size or less: of a note's letters only those of headings can be read then."""
+    notes = [node["widgets_values"][0] for node in workflow(name)["nodes"] if node["type"] == "MarkdownNote"]
+    assert len(notes) > 1
+    for lines in (note.split("\n") for note in notes):
+        assert len(lines) <= 7 and all(line.startswith("# ") for line in lines)
+        assert max(len(re.sub(r"\]\(.*?\)", "", line)) for line in lines) < 90
+
+
+@in_both
 def test_the_missing_models_are_offered(page, server):
     browser.load(page, workflow("first_portrait"), "first_portrait")
     page.get_by_text("View details").click()
@@ -165,15 +226,29 @@ def test_the_missing_models_are_offered(page, server):
     assert page.get_by_role("button", name="Download").count() >= 4
 
 
+@in_the_pinned
 def test_the_host_lists_the_templates_with_their_pictures(server):
     listed = server.request("/workflow_templates")[small_world.link_packs(HOST)[0]]
-    assert sorted(listed) == sorted(NAMES)
+    assert listed == list(TEMPLATES)
     for name in NAMES:
         card = Image.open(REPO / "workflows" / f"{name}.jpg")
         assert card.size == (768, 768)
         assert np.asarray(card, dtype=np.float32).std() > 10
 
 
+@in_both
+def test_the_template_browser_begins_with_the_first_portrait(page):
+    """The host lists files as its file system does."""
+    page.evaluate("() => { app.extensionManager.command.execute('Comfy.BrowseTemplates') }")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("comfyui-nested-att").first.click()
+    dialog.get_by_text("first_portrait", exact=True).wait_for()
+    shown = [line for line in dialog.inner_text().split("\n") if line in TEMPLATES]
+    page.keyboard.press("Escape")
+    assert shown[:6] == list(TEMPLATES)[:6]
+
+
+@in_both
 @pytest.mark.parametrize("title", BLUEPRINTS)
 def test_a_blueprint_opens_as_one_node_and_runs(page, server, title):
     known = {entry["name"] for entry in server.request("/global_subgraphs").values()}
@@ -210,6 +285,7 @@ def _prompt_for(title):
     return "a <anna> and a <ben> in the snow" if "Two" in title else "a <person> in the snow"
 
 
+@in_the_pinned
 def test_controlnet_and_lora_change_the_picture(page, server):
     """So does each of them alone; and the host finds a place for every weight of theirs."""
 
@@ -230,7 +306,7 @@ def test_controlnet_and_lora_change_the_picture(page, server):
 
 
 def test_words_in_angle_brackets_are_shown(page, server):
-    """The frontend takes a node's text for HTML."""
+    """And stay: of what a frontend shows while a node works, older ones make HTML, and newer ones take it away."""
     graph = in_a_few_steps(small_world.with_models(workflow("first_portrait"), server.input))
     browser.load(page, graph, "binding")
     page.evaluate(
@@ -240,13 +316,36 @@ def test_words_in_angle_brackets_are_shown(page, server):
           app.graph._nodes.find((n) => n.title === 'Prompt with <person>').connect(0, shown, 0)
         }"""
     )
-    browser.queue(page, server)
-    page.get_by_text("[<person>: robot]").first.wait_for()
+    assert in_error(page) == []
+    entry = browser.queue(page, server)
+    assert all(picture.std() > 0.05 for picture in pictures(server, entry))
+    assert in_error(page) == []
+    shown = page.get_by_text("[<person>: robot]").first
+    shown.wait_for()
+    page.wait_for_timeout(1500)
+    assert shown.is_visible()
+    said = {text for output in entry["outputs"].values() for text in output.get("text", [])}
+    assert shown.evaluate("(element) => element.textContent") in said
 
 
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
+@in_both
+def test_the_health_check_opens_from_the_menu(page):
+    said = page.evaluate(
+        """async () => {
+          const open = window.open, opened = []
+          window.open = (address) => { opened.push(address) }
+          await app.extensionManager.command.execute('NestedAttention.HealthCheck')
+          window.open = open
+          return await (await fetch(opened[0])).text()
+        }"""
+    )
+    assert said.startswith(health.TITLE)
+
+
+@in_both
 def test_the_help_panel_shows_a_nodes_page_with_its_picture(page):
     browser.load(page, workflow("first_portrait"), "first_portrait")
     browser.open_help(page, "NestedApplySubject")
@@ -255,22 +354,3 @@ def test_the_help_panel_shows_a_nodes_page_with_its_picture(page):
     picture.wait_for()
     page.wait_for_timeout(500)
     assert picture.evaluate("(image) => image.complete && image.naturalWidth") > 100
-
-
-# --- the newer nodes (Vue) -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def vue_page(chromium, server, page):
-    return browser.frontend(chromium, server, 2400, 1400, {"Comfy.VueNodes.Enabled": True})
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_node_lies_on_another(page, vue_page, name):
-    for opened in (page, vue_page):
-        browser.load(opened, workflow(name), name)
-        opened.evaluate("() => nested.fit()")
-        opened.wait_for_timeout(700)
-        elements = opened.locator("[data-node-id]").count()
-        assert elements == (len(workflow(name)["nodes"]) if opened is vue_page else 0), "drawn as they should be"
-        assert opened.evaluate("() => nested.overlapping()") == []

@@ -18,7 +18,7 @@ import pytest
 from filelock import FileLock
 
 from kit import graphs, small_world
-from kit.hosts import NEWEST, version_of
+from kit.hosts import NEWER, NEWEST, fetch_newer, version_of
 from kit.paths import PACK, REPO, STATE
 from kit.server import Server
 
@@ -178,7 +178,8 @@ def published(source, tmp_path):
     server.shutdown()
 
 
-def test_comfyui_manager_installs_and_updates_it(source, published, tmp_path):
+@pytest.mark.parametrize("manager", ["pinned", "newest"])
+def test_comfyui_manager_installs_updates_disables_and_uninstalls_it(source, published, manager, tmp_path):
     address, publish = published
     base, work = tmp_path / "base", tmp_path / "work"
     settings = work / "user" / "__manager"
@@ -186,24 +187,36 @@ def test_comfyui_manager_installs_and_updates_it(source, published, tmp_path):
     # Its own default refuses addresses of git repositories; without a network it asks no registry.
     (settings / "config.ini").write_text("[default]\nallow_git_url_install = true\nnetwork_mode = offline\n", "utf-8")
     (base / "custom_nodes").mkdir(parents=True)
-    installed = base / "custom_nodes" / PACK
+    installed, disabled = base / "custom_nodes" / PACK, base / "custom_nodes" / ".disabled" / PACK
     options = ["--base-directory", str(base), "--enable-manager", "--enable-manager-legacy-ui"]
+    environment = {"PYTHONPATH": str(fetch_newer("manager"))} if manager == "newest" else {}
 
-    with Server(HOST, work, only=None, options=options) as server:
+    def start():
+        return Server(HOST, work, only=None, options=options, environment=environment)
+
+    with start() as server:
         server.fetch("/v2/customnode/install/git_url", address.encode(), timeout=120)
         assert (installed / "__init__.py").is_file()
+        used = server.fetch("/v2/manager/version").decode()
+        assert (used == f"V{NEWER['manager'][0].split('==')[1]}") == (manager == "newest"), used
 
-    with Server(HOST, work, only=None, options=options) as server:
+    with start() as server:
         assert "NestedApplySubject" in server.request("/object_info", timeout=120)
         assert server.request("/v2/customnode/installed")[PACK]["enabled"]
-        marker = source / "nodes" / "marker.txt"
+        queued = {"id": PACK, "version": "unknown", "files": [address], "ui_id": "1", "channel": "default"}
+
+        def ask(what, done):
+            assert server.request("/v2/manager/queue/batch", {what: [{**queued, "mode": "cache"}]}) == {"failed": []}
+            begun = time.monotonic()
+            while not done() and time.monotonic() - begun < 60:
+                time.sleep(0.3)
+            assert done(), f"{what}\n{server.log_tail()}"
+
+        marker = source / "nodes" / f"{manager}.txt"
         marker.write_text("a newer version", "utf-8")
         git(source, "add", "--all")
-        git(source, "commit", "--quiet", "--message=second")
+        git(source, "commit", "--quiet", "--message=newer")
         publish()
-        update = {"id": PACK, "version": "unknown", "files": [address], "ui_id": "1", "channel": "default"}
-        assert server.request("/v2/manager/queue/batch", {"update": [{**update, "mode": "cache"}]}) == {"failed": []}
-        begun = time.monotonic()
-        while not (installed / "nodes" / "marker.txt").is_file() and time.monotonic() - begun < 60:
-            time.sleep(0.3)
-        assert (installed / "nodes" / "marker.txt").is_file(), server.log_tail()
+        ask("update", (installed / "nodes" / marker.name).is_file)
+        ask("disable", lambda: disabled.is_dir() and not installed.exists())
+        ask("uninstall", lambda: not disabled.exists() and not installed.exists())

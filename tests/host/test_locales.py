@@ -36,7 +36,7 @@ def test_english_is_what_the_nodes_say(pack):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-@pytest.mark.parametrize("file", ["nodeDefs.json", "main.json"])
+@pytest.mark.parametrize("file", ["nodeDefs.json", "main.json", "commands.json"])
 def test_every_text_is_there_and_says_the_same_things(language, file):
     english, own = texts_of(read("en", file)), texts_of(read(language, file))
     assert own.keys() == english.keys()

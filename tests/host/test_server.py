@@ -16,6 +16,7 @@ from kit.environment import SetupError
 from kit.hosts import link_pack
 from kit.paths import STATE
 from kit.server import Server
+from nested_core import health
 
 HOST = Path(os.environ["COMFYUI_PATH"]).resolve()
 
@@ -87,6 +88,15 @@ def test_the_main_job_and_a_requeue_with_another_seed(server, graph):
     cached = next(set(data["nodes"]) for kind, data in messages if kind == "execution_cached")
     assert set(graph) - cached <= {"sampler", "decode", "save"}
     assert not [line for line in server.log_lines()[begun:] if "nested encoder" in line.lower()]
+
+
+def test_the_health_check_tells_of_the_last_run(server, graph, names, capsys):
+    run(server, graph)
+    assert health.main([server.url]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(health.TITLE) and "ended; 1 of 1 subjects acted" in said and "bound in positive rows" in said
+    for private in ("<person>", names["image"], "garden", str(HOST), str(server.work), str(Path.home())):
+        assert private not in said
 
 
 def test_a_prompt_that_forgets_the_subject_ends_in_a_message(server, names):

@@ -26,6 +26,7 @@ from nested_core.convert import main as convert
 from nested_core.encoder import EncoderConfig, NestedEncoder
 from nested_core.errors import NestedAttentionError
 from nested_core.layers import DIFFUSERS_ORDER, EXECUTION_ORDER, PUBLISHED, SD15, SDXL, Family, family_of
+from nested_core.metadata import describe_training
 from nested_core.resampler import ResamplerShape
 
 State = dict[str, Tensor]
@@ -1109,3 +1110,33 @@ def test_file_name_is_in_every_message_of_the_reader(tmp_path: Path) -> None:
     save_file({"clip_l": T}, tmp_path / "style.safetensors")
     assert "looks like a textual inversion" in read_message(tmp_path / "style.safetensors")
     assert load_file(tmp_path / "style.safetensors").keys() == {"clip_l"}
+
+
+def test_what_an_encoder_was_trained_on_comes_back_and_is_one_line(tmp_path: Path) -> None:
+    said = {"base_model": "SDXL 1.0", "resolution": 1024, "pictures": 1200, "subjects": 34, "step": 5000,
+            "class_words": {"dog": 30, "cat": 4}}  # fmt: skip
+    config = replace(TINY, training=json.dumps(said))
+    write_encoder(tmp_path / "e.safetensors", NestedEncoder(config))
+    found = load_encoder(tmp_path / "e.safetensors").config
+    assert json.loads(found.training) == said
+    expected = "trained on SDXL 1.0 at 1,024 pixels: 1,200 pictures of 34 subjects (dog, cat), 5,000 steps"
+    assert describe_training(found.training) == expected
+    assert convert([str(tmp_path / "e.safetensors"), str(tmp_path / "half.safetensors"), "--dtype", "fp16"]) == 0
+    assert load_encoder(tmp_path / "half.safetensors").config.training == found.training
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ("", ""),
+        ("{", ""),
+        ("[" * 100_000, ""),
+        ("[1]", ""),
+        ('{"pictures": [1], "step": {}, "class_words": ["dog"]}', ""),
+        ('{"step": 3, "subjects": 4}', "trained: 3 steps"),
+        ('{"base_model": "a\\nb\\tc"}', "trained on a b c"),
+        (json.dumps({"base_model": "x" * 500}), f"trained on {'x' * 80}"),
+    ],
+)
+def test_what_somebody_elses_file_says_of_its_training_breaks_nothing(training: str, expected: str) -> None:
+    assert describe_training(training) == expected

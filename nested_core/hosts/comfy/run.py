@@ -27,9 +27,11 @@ from torch import Tensor
 from ...errors import NestedAttentionError
 from ...prompt import ClassWord
 from ...schedule import step_of
+from . import last_run
 from . import text as texts
 from .apart import BoundedSelfAttention, Regions, cannot_separate
 from .compiled import Compiled
+from .last_run import LastRun
 from .layer import Step, with_subjects
 from .negatives import is_negative, mark_negatives, with_words
 from .prompt import why_unmentioned
@@ -171,12 +173,13 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         recording.run = None
     noise = args[0] if args else kwargs["noise"]
     sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]
-    with _sampling_run(guider, noise.shape, sigmas):
+    told = last_run.remember(guider, applications_of(guider.model_patcher), noise.shape, sigmas, KEY)
+    with told.watched(), _sampling_run(guider, noise.shape, sigmas, told):
         return executor(*args, **kwargs)
 
 
 @contextmanager
-def _sampling_run(guider: Any, latent: Sequence[int], sigmas: Tensor) -> Iterator[None]:
+def _sampling_run(guider: Any, latent: Sequence[int], sigmas: Tensor, told: LastRun) -> Iterator[None]:
     options = guider.model_options["transformer_options"]
     applied = applications_of(guider.model_patcher)
     applications = tuple(a for a in applied if not a.idle)
@@ -206,6 +209,7 @@ def _sampling_run(guider: Any, latent: Sequence[int], sigmas: Tensor) -> Iterato
         if run.recorder is not None:
             run.recorder.finish()
     finally:
+        told.acted = len(run.reached)
         _current.reset(token)
         run.store.close()
 

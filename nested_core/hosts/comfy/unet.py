@@ -16,15 +16,19 @@ from torch import Tensor
 from ...checkpoint import load_encoder
 from ...errors import NestedAttentionError
 from ...layers import CrossAttentionLayer, Family, described_family, family_of, family_with, register
+from ...metadata import describe_training
 from ...towers import of_width
 from .values import HostEncoder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ...encoder import Overrides
+    from ...encoder import EncoderConfig, Overrides
 
 log = logging.getLogger(__name__)
+
+#: Of the encoder that was loaded last, what it is: for bug reports.
+loaded: EncoderConfig | None = None
 
 # How the encoder's choice of vision features is called in the host's output of the tower.
 _FEATURES = {
@@ -66,6 +70,10 @@ def load_host_encoder(path: str, name: str, **overrides: Unpack[Overrides]) -> H
         module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
     )
     log.info("%s: %s", name, module.config.title)
+    if trained := describe_training(module.config.training):
+        log.info("%s: %s", name, trained)
+    global loaded
+    loaded = module.config
     return HostEncoder(patcher, module.config, name)
 
 

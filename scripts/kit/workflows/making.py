@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
-from playwright.sync_api import Page
+from playwright.sync_api import Browser, Page
 
 from .. import small_world
 from ..browser import browser, frontend, lay_out, load_and_run, shoot
 from ..environment import say
 from ..graphs import picture_file
+from ..hosts import newest_frontend
 from ..paths import PACK, REPO, STATE
 from ..server import Server
 from .blueprints import ENCLOSED
@@ -30,34 +31,49 @@ PICTURES = REPO / "docs" / "images" / "workflows"
 
 def make(host: Path, names: Sequence[str]) -> None:
     """names: of templates, and "blueprints"."""
-    work = STATE / "frontend"
     packs = small_world.link_packs(host)
     small_world.provide_models(STATE / "models")
-    shutil.rmtree(work / "output" / "nested_subjects", ignore_errors=True)  # perhaps of another encoder
-    for folder in (WORKFLOWS / "api", PICTURES):
+    for folder in (WORKFLOWS / "api", PICTURES, BLUEPRINTS):
         folder.mkdir(parents=True, exist_ok=True)
-    with Server(host, work, models=STATE / "models", only=packs) as server, browser() as chromium:
-        page = frontend(chromium, server, 2600, 1300)
-        if "blueprints" in names:
-            BLUEPRINTS.mkdir(exist_ok=True)
-            for title in ENCLOSED:
-                _write(BLUEPRINTS / f"{title}.json", enclosed(page, title))
-                say(f"{title}: a blueprint")
-        for name in (name for name in names if name in TEMPLATES):
-            template = Template(name)
-            TEMPLATES[name](template)
-            graph, prompt = made(page, template)
-            _write(WORKFLOWS / f"{name}.json", graph)
-            _write(WORKFLOWS / "api" / f"{name}.json", prompt)
-            here = small_world.with_models(json.loads(json.dumps(graph)), server.input)
+    templates = [name for name in names if name in TEMPLATES]
+    with browser() as chromium:
+        # What the oldest frontend saves, the newer ones read.
+        with Server(host, STATE / "frontend", models=STATE / "models", only=packs) as server:
+            page = frontend(chromium, server, 2600, 1300)
+            if "blueprints" in names:
+                for title in ENCLOSED:
+                    _write(BLUEPRINTS / f"{title}.json", enclosed(page, title))
+                    say(f"{title}: a blueprint")
+            for name in templates:
+                template = Template(name)
+                TEMPLATES[name](template)
+                graph, prompt = made(page, template)
+                _write(WORKFLOWS / f"{name}.json", graph)
+                _write(WORKFLOWS / "api" / f"{name}.json", prompt)
+                say(f"{name}: {len(graph['nodes'])} nodes")
+            page.close()
+        if templates:
+            _run_and_shoot(host, chromium, packs, templates)
+
+
+def _run_and_shoot(host: Path, chromium: Browser, packs: Sequence[str], names: Sequence[str]) -> None:
+    """Runs templates in the newest frontend: their pictures there, and what they make as their previews."""
+    work = STATE / "frontend"
+    shutil.rmtree(work / "output" / "nested_subjects", ignore_errors=True)  # perhaps of another encoder
+    with Server(host, work, models=STATE / "models", only=packs, options=newest_frontend()) as server:
+        page = frontend(chromium, server, 2600, 1300, {"Comfy.VueNodes.Enabled": True})
+        for name in names:
+            here = small_world.with_models(json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8")), server.input)
             entry = load_and_run(page, server, here, name)
             shoot(page, PICTURES / f"{name}.jpg")
+            template = Template(name)
+            TEMPLATES[name](template)
             made_by = str(template.keys.index(_SHOWN.get(name, "save")) + 1)
             result = picture_file(server, entry["outputs"][made_by]["images"][0])
             photos = [node["widgets_values"][0] for node in here["nodes"] if node["type"] == "LoadImage"]
             references = [] if name in _SHOWN else [server.input / photo for photo in photos]
             preview(result, references).save(WORKFLOWS / f"{name}.jpg", quality=88)
-            say(f"{name}: {len(graph['nodes'])} nodes, run; see {PICTURES / f'{name}.jpg'}")
+            say(f"{name}: run; see {PICTURES / f'{name}.jpg'}")
 
 
 def enclosed(page: Page, title: str) -> dict[str, Any]:
@@ -85,6 +101,10 @@ def made(page: Page, template: Template) -> tuple[dict[str, Any], dict[str, Any]
     """A template as the frontend saves it, and as its API takes it."""
     graph = lay_out(page, template.built)
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    for node in graph["nodes"]:  # newer frontends say where a node is from, so that whoever lacks the pack finds it
+        if str(node["id"]) in prompt:
+            said = {key: node["properties"][key] for key in ("cnr_id", "ver") if key in node["properties"]}
+            prompt[str(node["id"])]["_meta"] |= said
     return _clean(graph, template.name), prompt
 
 

@@ -99,12 +99,13 @@ class Template:
         for name, (source, output) in inputs.items():
             self.links.append((source, output, key, name.replace("__", ".")))
 
-    def note(self, title: str, text: str, width: int = 560) -> None:
-        shown = re.sub(r"\]\([^)]*\)", "]", text)
-        lines = sum(-(-max(1, len(line)) * 6 // (width - 40)) for line in shown.split("\n"))
-        height = 58 + 15 * lines
+    def note(self, title: str, *lines: str, width: int = 600) -> None:
+        """A note above the graph. Each line is a heading: only their letters can be read where a graph opens whole."""
+        shown = [re.sub(r"\]\([^)]*\)|[*\[\]]", "", line) for line in lines]
+        rows = sum(-(-len(line) * 10.5 // (width - 44)) for line in shown)  # of letters of 20 pixels, on the canvas
+        height = 56 + 25 * int(rows) + 13 * len(lines)
         # The notes are Markdown: a placeholder in angle brackets would be an HTML tag, and vanish.
-        text = re.sub(r"<(\w+)>", r"&lt;\1&gt;", text)
+        text = re.sub(r"<(\w+)>", r"&lt;\1&gt;", "\n".join(f"# {line}" for line in lines))
         self.notes.append({"title": title, "text": text, "width": width, "height": height})
 
     # -- pieces that most graphs have --
@@ -131,7 +132,7 @@ class Template:
             face_detection_model=("detector", "FACE_DETECTION_MODEL"), image=(photo, "IMAGE"),
         )  # fmt: skip
         self.node(
-            key, "NestedCropSubject", f"Crop {of}" if of else "", image=(photo, "IMAGE"),
+            key, "NestedCropSubject", f"Crop {of}" if of else "", height=230, image=(photo, "IMAGE"),
             face_landmarks=(f"{key}_found", "face_landmarks"),
         )  # fmt: skip
         return key, "image"
@@ -188,29 +189,19 @@ class Template:
         self.group(picture_group)
         self.save(height=440)
 
-    def face_note(self) -> None:
-        self.note(
-            "Faces",
-            "The public encoder knows **faces that are cut out and upright**. Detect Face Landmarks and **Crop "
-            "Subject** do that. With no face found the photo goes on as it is, and Crop Subject says so.\n\n"
-            "- **Red nodes?** This ComfyUI has no face detection yet. Update it; or delete what is red, paint the face "
-            "(right click on the photo, *Open in Mask Editor*), connect the photo's *MASK* with Crop Subject, and set "
-            "*margin* to 0.3. Template *portrait_by_hand* has it so.\n"
-            "- **No face at all**, with an encoder for pets or things: connect the photo with **Encode Subject**.",
-            600,
-        )
-
     def files_note(self) -> None:
-        """The note that says which files the graph loads, with links; before it the one about faces, if it needs it."""
+        """The note that says which files the graph loads, with links; before it what to do where no face is found."""
         if "detector" in self.keys:
-            self.face_note()
+            self.note(
+                "Faces",
+                "Red nodes? This ComfyUI finds no faces: template *portrait_by_hand*.",
+                "Pets or things, with an encoder for them: connect the photo with Encode Subject.",
+                width=520,
+            )
         loaded = {value for c in self.columns for item in c["items"] for value in item.get("widgets", {}).values()
                   if isinstance(value, str)}  # fmt: skip
-        lines = []
-        for name in (name for name in MODELS if name in loaded):
-            folder, url = MODELS[name]
-            other = ", or any other SDXL checkpoint" if name == CHECKPOINT else ""
-            lines.append(f"- **models/{folder}**: [{name}]({url}){other}")
-            if not url.endswith(name):
-                lines[-1] += " (save it under this name)"
-        self.note("The files", "\n".join(lines), 620)
+        files = [(name, *MODELS[name]) for name in MODELS if name in loaded]
+        lines = [f"{folder}: [{name}]({url})" for name, folder, url in files]
+        if not all(url.endswith(name) for name, _, url in files):
+            lines.append("Save each under the name that it has here.")
+        self.note("The files", *lines, width=700)

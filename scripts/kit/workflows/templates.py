@@ -26,21 +26,20 @@ def first_portrait(t: Template) -> None:
     )  # fmt: skip
     t.note(
         "How to use this",
-        "1. **Load a photo of your subject**, with a clear face. Of several faces the largest is taken.\n"
-        "2. **Write <person> in the prompt** where the subject belongs. Everything else works as always.\n"
-        "3. **Run, and look at *What the encoder sees***: the whole face should be there, upright and large.\n\n"
-        "Another word than <person>, or a dog: change *placeholder* and *class_word* in **Encode Subject**.",
-        600,
-    )  # fmt: skip
+        "1. Load a photo with a clear face.",
+        "2. Write <person> in the prompt where the subject belongs.",
+        "3. Run. *What the encoder sees* must be a whole face.",
+        "Another word than <person>: in Encode Subject.",
+        width=600,
+    )
     t.note(
         "If the picture is not right",
-        "- **Too little likeness**: *strength* up to 1.5, or a photo in which the face is larger.\n"
-        "- **The prompt is ignored**: *strength* 0.7, or *start_percent* 0.1.\n"
-        "- **The encoder sees the wrong face**: in **Crop Subject** *face* to *number*, counted from the left.\n"
-        '- **"No positive prompt mentions <person>"**: the prompt needs that word, and the *clip* that comes out of '
-        "**Apply Subject**.",
-        560,
-    )  # fmt: skip
+        "Too little likeness: *strength* 1.5, or a larger face.",
+        "The prompt is ignored: *strength* 0.7.",
+        "The wrong face: in Crop Subject *face* to *number*.",
+        "A message that no prompt mentions <person>: write it there.",
+        width=600,
+    )
     t.files_note()
 
 
@@ -63,22 +62,19 @@ def portrait_by_hand(t: Template) -> None:
     )  # fmt: skip
     t.note(
         "How to use this",
-        "For a ComfyUI without face detection (0.18.2 has none, 0.30.0 has it), and for faces that it does not "
-        "find.\n\n"
-        "1. **Load a photo, and paint the face**: right click on it, *Open in Mask Editor*; from the hairline to the "
-        "chin, from ear to ear. Save.\n"
-        "2. **Write <person> in the prompt** where the subject belongs.\n"
-        "3. **Run, and look at *What the encoder sees***: the face, with hair and chin, in the middle.\n\n"
-        "A tilted head stays tilted: turn the photo upright first.",
-        640,
-    )  # fmt: skip
+        "1. Load a photo, paint the face: right click on it, *Open in Mask Editor*.",
+        "2. Write <person> in the prompt where the subject belongs.",
+        "3. Run. *What the encoder sees* must be a whole face.",
+        "A tilted head: turn the photo upright first.",
+        width=620,
+    )
     t.note(
         "If the picture is not right",
-        "- **The face is small in what the encoder sees**: *margin* down. **Hair or chin are cut off**: up.\n"
-        "- **Too little likeness**: *strength* up to 1.5, or a photo in which the face is larger.\n"
-        '- **"The mask is empty"**: nothing is painted yet.',
-        560,
-    )  # fmt: skip
+        "The encoder sees too much: *margin* down. Hair or chin cut off: up.",
+        "Too little likeness: *strength* 1.5, or a larger face.",
+        "A message that the mask is empty: paint the face.",
+        width=600,
+    )
     t.files_note()
 
 
@@ -104,21 +100,18 @@ def two_subjects(t: Template) -> None:
     )  # fmt: skip
     t.note(
         "How to use this",
-        "1. **A photo of each**. Each **Encode Subject** has its own word: <anna>, <ben>.\n"
-        "2. **Both words in the prompt**, each with a place or a deed of its own: it is the prompt that decides who "
-        "stands where.\n"
-        "3. **A third one**: copy Load Image, Encode and Apply Subject, give it another word, and put its Apply into "
-        "the line.",
-        600,
-    )  # fmt: skip
+        "1. A photo of each: one is <anna>, one is <ben>.",
+        "2. Both words in the prompt: it says who is where.",
+        "A third one: copy Load Image, Encode and Apply Subject, with a word of its own.",
+        width=620,
+    )
     t.note(
         "If the two melt into each other",
-        "- Say in the prompt what each of them does, and where.\n"
-        "- Give each a *mask*: template *regional_masks*.\n"
-        "- Put **Separate Subjects** before the sampler.\n"
-        "- See who is where: template *who_is_where*.",
-        480,
-    )  # fmt: skip
+        "In the prompt, give each a place and something to do.",
+        "Give each a *mask*: template *regional_masks*.",
+        "Put Separate Subjects before the sampler.",
+        width=560,
+    )
     t.files_note()
 
 
@@ -150,20 +143,17 @@ def several_views(t: Template) -> None:
     )  # fmt: skip
     t.note(
         "How to use this",
-        "1. **Photos of the same subject**: front, side, another day. What one photo hides, another shows.\n"
-        "2. **weights** in Merge Subjects: empty, all count the same. 1, 0.5, 2: one number each, in the order of "
-        "the inputs; 0 leaves a view out.\n"
-        "3. Two views: remove a link. More: connect to the free input that appears.\n\n"
-        "All views share one placeholder and one class word.",
-        600,
-    )  # fmt: skip
+        "1. Photos of the same subject: front, side, another day.",
+        "2. weights: empty, all count the same. 1, 0.5, 0: one number each.",
+        "More views: connect them to the free input.",
+        width=600,
+    )
     t.note(
         "Good to know",
-        "- A view with the face half hidden costs more than it brings: look at *seen* of each Encode Subject.\n"
-        "- Photos of equal size can also go into one Encode Subject as an image batch.\n"
-        "- Two *different* subjects are not merged: template *two_subjects*.",
-        480,
-    )  # fmt: skip
+        "A face half hidden costs more than it brings.",
+        "Two different subjects: template *two_subjects*.",
+        width=560,
+    )
     t.files_note()
 
 
@@ -183,11 +173,11 @@ def save_subject(t: Template) -> None:
     t.node("save", "NestedSaveSubject", height=150, widgets={"filename_prefix": "anna"}, subject=("subject", "subject"))
     t.note(
         "How to use this",
-        "1. **Load a photo, run.** The file goes to *output/nested_subjects*: a few megabytes, without the photo.\n"
-        "2. **Press R** (refresh), then open the template *reuse_subject*: Load Subject has it in its list.\n\n"
-        "It works with the encoder that made it. Give it to others: into their *models/nested_subjects*.",
-        620,
-    )  # fmt: skip
+        "1. Load a photo, run. The file is in *output/nested_subjects*.",
+        "2. Press R, then open the template *reuse_subject*.",
+        "To give it to others: into their *models/nested_subjects*.",
+        width=560,
+    )
     t.files_note()
 
 
@@ -221,11 +211,11 @@ def reuse_subject(t: Template) -> None:
            images=("decode2", "IMAGE"))  # fmt: skip
     t.note(
         "How to use this",
-        "1. **Save one first** with the template *save_subject*; press R, then choose it in **Load Subject**.\n"
-        "2. **Its word** is the one it was saved with (<anna>). Another one: write it into *placeholder*.\n\n"
-        "No photo and no vision model is needed any more.",
-        600,
-    )  # fmt: skip
+        "1. Save one first: template *save_subject*. Press R, choose it.",
+        "2. Write <anna> in the prompts, or what it was saved with.",
+        "No photo and no vision model is needed.",
+        width=600,
+    )
     t.files_note()
 
 
@@ -264,20 +254,18 @@ def regional_masks(t: Template) -> None:
     )  # fmt: skip
     t.note(
         "How to use this",
-        "1. **A photo of each**, each with a word of its own.\n"
-        "2. **Who may be where**: here the two halves. For a shape of your own, connect a painted mask instead (Load "
-        "Image, right click, *Open in Mask Editor*; its *MASK* output).\n"
-        "3. **The prompt** still says who stands where: a mask says where a subject *may* be, not that it must.\n"
-        "4. **Separate Subjects** keeps the two apart inside the model too. Without it: bypass (Ctrl+B).",
-        640,
-    )  # fmt: skip
+        "1. A photo of each, each with a word of its own.",
+        "2. Who may be where: here the two halves. Or connect a painted mask.",
+        "3. The prompt says who stands where: a mask only allows it.",
+        width=620,
+    )
     t.note(
         "Good to know",
-        "- Masks are stretched over the picture: any size does.\n"
-        "- Where masks overlap, both subjects may act.\n"
-        "- A soft edge looks better than a hard one.",
-        420,
-    )  # fmt: skip
+        "Masks are stretched over the picture: any size does.",
+        "A soft edge looks better than a hard one.",
+        "Separate Subjects keeps the two apart inside the model.",
+        width=560,
+    )
     t.files_note()
 
 
@@ -317,21 +305,18 @@ def controlnet_and_lora(t: Template) -> None:
     t.save(height=440)
     t.note(
         "How to use this",
-        "1. **Your subject**: a photo, as always.\n"
-        "2. **The composition**: another picture; of it only the outlines count.\n"
-        "3. **The prompt** with <person>.\n\n"
-        "A LoRA goes before or after Apply Subject: the picture is the same. ControlNet works on the conditioning, "
-        "after the text encode nodes.",
-        600,
-    )  # fmt: skip
+        "1. Your subject: a photo, as always.",
+        "2. The composition: of that picture only the outlines count.",
+        "3. The prompt with <person>.",
+        width=600,
+    )
     t.note(
         "If the two fight",
-        "- **The face follows the outlines, not your subject**: *end_percent* of Apply ControlNet down to 0.4, or its "
-        "*strength*.\n"
-        "- **The LoRA paints over the subject**: its strength down, or *strength* of Apply Subject up to 1.3.\n"
-        "- Any SDXL LoRA will do, and any SDXL ControlNet for outlines (Canny).",
-        520,
-    )  # fmt: skip
+        "The face follows the outlines: in Apply ControlNet *end_percent* 0.4.",
+        "The LoRA paints over the subject: its strength down.",
+        "Any SDXL LoRA will do, and any SDXL ControlNet for outlines.",
+        width=620,
+    )
     t.files_note()
 
 
@@ -368,20 +353,19 @@ def inpaint_face(t: Template) -> None:
     t.save(("back", "IMAGE"), height=440)
     t.note(
         "How to use this",
-        "1. **Who**: a photo of your subject.\n"
-        "2. **Into which picture**: right click on it, *Open in Mask Editor*, paint over the face, save. Without a "
-        "mask nothing changes. Pictures of about a megapixel work best; Upscale Image makes others fit.\n"
-        "3. **What the picture shows**, with <person> for the one inside the mask.\n\n"
-        "Plain img2img: paint the whole picture, and set *denoise* to 0.5.",
-        640,
-    )  # fmt: skip
+        "1. Who: a photo of your subject.",
+        "2. Into which picture: right click on it, *Open in Mask Editor*, paint the face.",
+        "3. The prompt: <person> is who stands inside the mask.",
+        width=620,
+    )
     t.note(
         "If it does not fit in",
-        "- **Still the old face**: *denoise* up to 0.9.\n"
-        "- **Hair or light do not fit**: a larger mask, *denoise* 0.6.\n"
-        "- **A small face**: crop it, enlarge it to 1024, inpaint, paste it back (Crop Image, Upscale Image).",
-        520,
-    )  # fmt: skip
+        "Still the old face: *denoise* 0.9.",
+        "Hair or light do not fit: a larger mask, *denoise* 0.6.",
+        "A small face: enlarge that part first, paste it back after.",
+        "Plain img2img: paint all of it, *denoise* 0.5.",
+        width=560,
+    )
     t.files_note()
 
 
@@ -407,9 +391,11 @@ def who_is_where(t: Template) -> None:
     t.column(370)
     t.loaders()
     t.column(330)
-    t.group("1. Two subjects")
+    t.group("1. The first subject")
     t.photo("photo_anna", "Photo of <anna>")
     t.encode("anna", t.face("face_anna", "photo_anna", "<anna>"), "<anna>", "woman", "Encode <anna>")
+    t.column(330)
+    t.group("1. The second subject")
     t.photo("photo_ben", "Photo of <ben>")
     t.encode("ben", t.face("face_ben", "photo_ben", "<ben>"), "<ben>", "man", "Encode <ben>")
     t.column(330)
@@ -445,22 +431,19 @@ def who_is_where(t: Template) -> None:
     t.save(("decode2", "IMAGE"), height=400)
     t.note(
         "How to use this",
-        "1. **Two photos**, each with a word of its own. 2. **Both words in the prompt.**\n"
-        "3. **Who is where**: the heat of each word, and the mask of the one that *placeholder* names.\n"
-        "4. **Why one point looks as it does**: x and y from 0 to 1.\n"
-        "5. **A second pass** changes that subject alone, inside its mask.\n\n"
-        "Record Attention leaves the picture as it is, bit for bit.",
-        640,
-    )  # fmt: skip
+        "1. Two photos, each with a word. 2. Both in the prompt.",
+        "3. Who is where: the mask is of the word in *placeholder*.",
+        "4. Why one point looks as it does: x and y from 0 to 1.",
+        "5. A second pass changes that subject alone.",
+        width=640,
+    )
     t.note(
         "If the mask does not fit",
-        "- **Too small**: *threshold* down, or *expand* up in Grow Mask. Attention is on what a word decides: face and "
-        "body more than hat and shoes.\n"
-        "- **The two are one**: a place for each in the prompt; a mask for each in **Apply Subject**; **Separate "
-        "Subjects** before **Record Attention**.\n"
-        "- **Another subject**: its word as *placeholder*.",
-        600,
-    )  # fmt: skip
+        "Too small: *threshold* down, or *expand* up in Grow Mask.",
+        "The two are one: give each a place in the prompt, or a mask.",
+        "Another subject: its word as *placeholder*.",
+        width=600,
+    )
     t.files_note()
 
 
@@ -492,18 +475,17 @@ def strength_identity_grid(t: Template) -> None:
     t.save(("sheet", "image"), height=600)
     t.note(
         "How to use this",
-        "1. **Your photo, your prompt**, a fixed seed.\n"
-        "2. **What to try**: numbers with commas between them. Nine pairs are nine pictures, one after the other.\n"
-        "3. Choose the pair that keeps the face *and* obeys the prompt; write it into your own graph.\n\n"
-        "*identity* is alpha: how loud the subject's values are. 2 is what the public encoder was trained with.",
-        620,
-    )  # fmt: skip
+        "1. Your photo, your prompt, a fixed seed.",
+        "2. What to try: numbers with commas between them.",
+        "3. Choose the pair that keeps the face and obeys the prompt.",
+        width=620,
+    )
     t.note(
         "Other knobs",
-        "Drag *across* or *down* onto any other knob with decimals: *start_percent*, *focus*, *cfg*, a LoRA's "
-        "strength. Change the titles in **Grid Values** with it.",
-        420,
-    )  # fmt: skip
+        "Drag *across* or *down* onto any other knob: *focus*, *cfg*, a LoRA's strength.",
+        "Change the titles in Grid Values with it.",
+        width=560,
+    )
     t.files_note()
 
 
@@ -530,7 +512,7 @@ def check_encoder(t: Template) -> None:
     t.column(470)
     t.group("2. Run, and read")
     t.node(
-        "check", "NestedCheckEncoder", height=400, model=MODEL, clip=CLIP, vae=("checkpoint", "VAE"),
+        "check", "NestedCheckEncoder", height=480, model=MODEL, clip=CLIP, vae=("checkpoint", "VAE"),
         encoder=("encoder", "encoder"), clip_vision=("tower", "CLIP_VISION"), photos=("faces", "image"),
     )  # fmt: skip
     t.node("report", "PreviewAny", "The report", height=420, source=("check", "report"))
@@ -540,22 +522,19 @@ def check_encoder(t: Template) -> None:
     t.node("photos_seen", "PreviewImage", "The photos, as the encoder sees them", height=290, images=("faces", "image"))
     t.note(
         "How to use this",
-        "1. **Load six photos of six people.** More are better: another Load Image and Batch Images.\n"
-        "2. **Run.** The node says how many passes of the model are ahead; one is about one sampling step.\n"
-        "3. **Read.** Which settings the encoder was most likely trained with, how sure that is, and whether it does "
-        "anything on this checkpoint at all.\n\n"
-        "What is sure is written beside the encoder's file: **Load Nested Encoder** uses it where it says *auto*. Once "
-        "is enough.",
-        620,
-    )  # fmt: skip
+        "1. Load six photos of six people. More are better.",
+        "2. Run. It takes as long as many sampling steps.",
+        "3. Read what the encoder was trained with, and how sure that is.",
+        "What is sure is kept: Load Nested Encoder uses it.",
+        width=640,
+    )
     t.note(
         "If it does nothing",
-        "- **Another checkpoint**: the public encoder is for SDXL base and what was made from it.\n"
-        "- **The vision model**: the one that the encoder was trained with, CLIP ViT-H/14 for the public one.\n"
-        "- **The photos**: look at them below. Faces must be whole, upright and large.\n"
-        "- **A LoRA** on the model: check without it first.",
-        560,
-    )  # fmt: skip
+        "Another checkpoint: SDXL base, or one made from it.",
+        "Another vision model: CLIP ViT-H/14 for the public encoder.",
+        "Photos: whole faces, upright and large.",
+        width=600,
+    )
     t.files_note()
 
 
