@@ -74,13 +74,6 @@ def page(chromium, server, view):
     page.close()
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def opened(request, page):
-    """The name of a workflow that is on the canvas, as it is shared. Several tests look at it: nobody changes it."""
-    browser.load(page, workflow(request.param), request.param)
-    return request.param
-
-
 def content(page, graph=None):
     """What a graph is made of; of the one on the canvas without one."""
     return page.evaluate("(graph) => nested.content(graph ?? app.graph.serialize())", graph)
@@ -128,26 +121,26 @@ def test_what_a_graph_needs_of_the_host_is_seen(page):
     assert {node.split()[1] for node in in_error(page)} >= {"CheckpointLoaderSimple"}, "files that are not there"
 
 
-def test_the_twin_for_scripts_is_what_the_frontend_would_send(page, view, opened):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_opens_and_stays_as_it_was(page, view, name):
+    """And its twin for scripts is what the frontend would send; and no node lies on another."""
+    shared = workflow(name)
+    browser.load(page, shared, name)
+    assert missing(page) == []
+    assert content(page) == content(page, shared), "opened and saved"
+
     sent = page.evaluate("async () => (await app.graphToPrompt()).output")
-    twin = json.loads((REPO / "workflows" / "api" / f"{opened}.json").read_text("utf-8"))
+    twin = json.loads((REPO / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
     if view == "pinned":  # which does not say yet where a node is from
         twin = {number: {**node, "_meta": {"title": node["_meta"]["title"]}} for number, node in twin.items()}
     assert sent == twin
 
-
-def test_no_node_lies_on_another(page, view, opened):
     page.evaluate("() => nested.fit()")
     page.wait_for_timeout(700)
     elements = page.locator("[data-node-id]").count()
-    assert elements == (len(workflow(opened)["nodes"]) if NEWER_NODES[view] else 0), "drawn as they should be"
+    assert elements == (len(shared["nodes"]) if NEWER_NODES[view] else 0), "drawn as they should be"
     assert page.evaluate("() => nested.overlapping()") == []
 
-
-def test_a_workflow_opens_and_stays_as_it_was(page, opened):
-    shared = workflow(opened)
-    assert missing(page) == []
-    assert content(page) == content(page, shared), "opened and saved"
     page.evaluate("async () => { await app.loadGraphData(app.graph.serialize()) }")
     assert content(page) == content(page, shared), "saved, opened and saved again"
 
