@@ -25,7 +25,7 @@ function show(node, said) {
     element.style.maxHeight = `${HIGHEST}px` // the newer nodes go by the element
     const height = () => Math.min(HIGHEST, 16 + 17 * lines(element.textContent, node.size[0]))
     // Old and new names of the same: how high the widget wants to be.
-    const options = { serialize: false, getMinHeight: height, getHeight: height }
+    const options = { serialize: false, hideOnZoom: false, getMinHeight: height, getHeight: height }
     widget = node.addDOMWidget(NAME, NAME, element, options)
     widget.serialize = false // no part of the file
   }

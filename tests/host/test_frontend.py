@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import os
 import re
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +26,9 @@ pytestmark = pytest.mark.skipif(version_of(HOST) != NEWEST, reason="the frontend
 NAMES = sorted((path.stem for path in (REPO / "workflows").glob("*.json")), key=lambda name: name != "save_subject")
 BLUEPRINTS = sorted(path.stem for path in (REPO / "subgraphs").glob("*.json"))
 
-#: What people look at: the frontend that the host asks for, and the newest; nodes on the canvas, and the newer nodes.
-VIEWS = {"pinned": ("pinned", False), "newest": ("newest", True), "pinned, newer nodes": ("pinned", True)}
-# Where the frontend alone decides, each of the two is asked; what it asks of the host is the same in both.
-in_both = pytest.mark.parametrize("view", ["pinned", "newest"], indirect=True)
+#: What people look at: nodes on the canvas in the frontend that the host asks for, and the newer nodes in the newest.
+NEWER_NODES = {"pinned": False, "newest": True}
+# What a frontend asks of the host is the same in both.
 in_the_pinned = pytest.mark.parametrize("view", ["pinned"], indirect=True)
 
 
@@ -46,35 +43,22 @@ def in_a_few_steps(graph):
     return graph
 
 
-@pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    """serve(frontend) -> a server with the frontend of that name."""
-    models = tmp_path_factory.mktemp("models")
-    small_world.provide_models(models)
-    with ExitStack() as stack:
-
-        @functools.cache
-        def serve(frontend):
-            work = tmp_path_factory.mktemp("frontend")
-            (work / "input").mkdir()
-            # The host brings a picture of this name, which the workflows show until there is another.
-            Image.radial_gradient("L").save(work / "input" / "example.png")
-            options = newest_frontend() if frontend == "newest" else []
-            server = Server(HOST, work, models=models, only=small_world.link_packs(HOST), options=options)
-            return stack.enter_context(server)
-
-        yield serve
-
-
-@pytest.fixture(scope="module", params=VIEWS)
+@pytest.fixture(scope="module", params=NEWER_NODES)
 def view(request):
-    """A name of `VIEWS`."""
+    """A name of `NEWER_NODES`: which frontend it is."""
     return request.param
 
 
 @pytest.fixture(scope="module")
-def server(serve, view):
-    return serve(VIEWS[view][0])
+def server(tmp_path_factory, view):
+    work, models = tmp_path_factory.mktemp("frontend"), tmp_path_factory.mktemp("models")
+    (work / "input").mkdir()
+    # The host brings a picture of this name, which the workflows show until there is another.
+    Image.radial_gradient("L").save(work / "input" / "example.png")
+    small_world.provide_models(models)
+    options = newest_frontend() if view == "newest" else []
+    with Server(HOST, work, models=models, only=small_world.link_packs(HOST), options=options) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +69,9 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def page(chromium, server, view):
-    page = browser.frontend(chromium, server, 1800, 1000, {"Comfy.VueNodes.Enabled": VIEWS[view][1]})
+    page = browser.frontend(chromium, server, 1800, 1000, {"Comfy.VueNodes.Enabled": NEWER_NODES[view]})
     yield page
     page.close()
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def opened(request, page):
-    """The name of a workflow that is on the canvas, as it is shared. Several tests look at it: nobody changes it."""
-    browser.load(page, workflow(request.param), request.param)
-    return request.param
 
 
 def content(page, graph=None):
@@ -144,26 +121,26 @@ def test_what_a_graph_needs_of_the_host_is_seen(page):
     assert {node.split()[1] for node in in_error(page)} >= {"CheckpointLoaderSimple"}, "files that are not there"
 
 
-def test_the_twin_for_scripts_is_what_the_frontend_would_send(page, view, opened):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_opens_and_stays_as_it_was(page, view, name):
+    """And its twin for scripts is what the frontend would send; and no node lies on another."""
+    shared = workflow(name)
+    browser.load(page, shared, name)
+    assert missing(page) == []
+    assert content(page) == content(page, shared), "opened and saved"
+
     sent = page.evaluate("async () => (await app.graphToPrompt()).output")
-    twin = json.loads((REPO / "workflows" / "api" / f"{opened}.json").read_text("utf-8"))
-    if VIEWS[view][0] == "pinned":  # which does not say yet where a node is from
+    twin = json.loads((REPO / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
+    if view == "pinned":  # which does not say yet where a node is from
         twin = {number: {**node, "_meta": {"title": node["_meta"]["title"]}} for number, node in twin.items()}
     assert sent == twin
 
-
-def test_no_node_lies_on_another(page, view, opened):
     page.evaluate("() => nested.fit()")
     page.wait_for_timeout(700)
     elements = page.locator("[data-node-id]").count()
-    assert elements == (len(workflow(opened)["nodes"]) if VIEWS[view][1] else 0), "drawn as they should be"
+    assert elements == (len(shared["nodes"]) if NEWER_NODES[view] else 0), "drawn as they should be"
     assert page.evaluate("() => nested.overlapping()") == []
 
-
-def test_a_workflow_opens_and_stays_as_it_was(page, opened):
-    shared = workflow(opened)
-    assert missing(page) == []
-    assert content(page) == content(page, shared), "opened and saved"
     page.evaluate("async () => { await app.loadGraphData(app.graph.serialize()) }")
     assert content(page) == content(page, shared), "saved, opened and saved again"
 
@@ -212,7 +189,6 @@ def test_notes_are_short_and_in_the_largest_letters(name):
         assert max(len(re.sub(r"\]\(.*?\)", "", line)) for line in lines) < 90
 
 
-@in_both
 def test_the_missing_models_are_offered(page, server):
     browser.load(page, workflow("first_portrait"), "first_portrait")
     page.get_by_text("View details").click()
@@ -236,7 +212,6 @@ def test_the_host_lists_the_templates_with_their_pictures(server):
         assert np.asarray(card, dtype=np.float32).std() > 10
 
 
-@in_both
 def test_the_template_browser_begins_with_the_first_portrait(page):
     """The host lists files as its file system does."""
     page.evaluate("() => { app.extensionManager.command.execute('Comfy.BrowseTemplates') }")
@@ -248,7 +223,6 @@ def test_the_template_browser_begins_with_the_first_portrait(page):
     assert shown[:6] == list(TEMPLATES)[:6]
 
 
-@in_both
 @pytest.mark.parametrize("title", BLUEPRINTS)
 def test_a_blueprint_opens_as_one_node_and_runs(page, server, title):
     known = {entry["name"] for entry in server.request("/global_subgraphs").values()}
@@ -320,6 +294,7 @@ def test_words_in_angle_brackets_are_shown(page, server):
     entry = browser.queue(page, server)
     assert all(picture.std() > 0.05 for picture in pictures(server, entry))
     assert in_error(page) == []
+    page.evaluate("() => nested.show(['NestedShowBinding'])")
     shown = page.get_by_text("[<person>: robot]").first
     shown.wait_for()
     page.wait_for_timeout(1500)
@@ -331,7 +306,6 @@ def test_words_in_angle_brackets_are_shown(page, server):
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-@in_both
 def test_the_health_check_opens_from_the_menu(page):
     said = page.evaluate(
         """async () => {
@@ -345,7 +319,6 @@ def test_the_health_check_opens_from_the_menu(page):
     assert said.startswith(health.TITLE)
 
 
-@in_both
 def test_the_help_panel_shows_a_nodes_page_with_its_picture(page):
     browser.load(page, workflow("first_portrait"), "first_portrait")
     browser.open_help(page, "NestedApplySubject")
