@@ -38,7 +38,7 @@ find = PathFinder.find_spec
 def find_all_but(name, path=None, target=None):
     return None if name.split(".")[0] in {EXTRAS!r} else find(name, path, target)
 
-PathFinder.find_spec = find_all_but
+PathFinder.find_spec = staticmethod(find_all_but)
 """
 
 
