@@ -8,21 +8,19 @@ options. They are compiled one by one, as the model was. What another pack compi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from types import FunctionType
 from typing import Any
 
-import torch
 from comfy.ldm.modules.attention import FeedForward
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import nn
 
+from ...compiling import called_by, compiled_call
+
 _ORIGINAL = "_torchdynamo_orig_callable"  # what torch.compile leaves on the functions it makes
 _HOW = "torch_compile_kwargs"  # where the host says in a model's options how it compiled
-#: A U-Net's blocks have some dozen shapes, more than PyTorch compiles of one function unless it is told to.
-_SHAPES = 64
 
 
 class Compiled:
@@ -31,8 +29,8 @@ class Compiled:
     def __init__(self, options: Mapping[str, Any]) -> None:
         """options: the model's (model_options)."""
         how: Mapping[str, Any] | None = options.get(_HOW)
-        # PyTorch finds again what an earlier run compiled so; the function knows no block, and keeps none alive.
-        self._call = None if how is None else torch.compile(nn.Module._call_impl, **{**how, "fullgraph": False})
+        # PyTorch finds again what an earlier run compiled so.
+        self._call = None if how is None else compiled_call(**{**how, "fullgraph": False})
         self._places: list[tuple[nn.Module, str]] | None = None
         self._blocks: dict[nn.Module, list[nn.Module]] = {}
 
@@ -52,24 +50,8 @@ class Compiled:
                 if self._call is not None and isinstance(eager, nn.Module):
                     if eager not in self._blocks:
                         self._blocks[eager] = [m for m in eager.modules() if isinstance(m, (ResBlock, FeedForward))]
-                    undone.enter_context(_called_by(self._call, self._blocks[eager]))
+                    undone.enter_context(called_by(self._call, self._blocks[eager]))
             yield
-
-
-@contextmanager
-def _called_by(call: Callable[..., Any], blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside of this, blocks are called through a compiled function; those of others' making stay as they are."""
-    limits = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
-    blocks = [block for block in blocks if block._compiled_call_impl is None]
-    with limits.patch(**{limit: max(_SHAPES, getattr(limits, limit))}):
-        try:
-            for block in blocks:
-                block._compiled_call_impl = partial(call, block)
-            yield
-        finally:
-            for block in blocks:
-                block._compiled_call_impl = None
 
 
 def _eager(part: Any) -> Any:
