@@ -24,16 +24,16 @@ _PACKAGES = ("torch", "torchvision", "transformers", "safetensors", "comfyui-fro
 
 
 def pack_version() -> str:
-    """This pack's version, as its pyproject.toml says it; "unknown" where that is not there."""
+    """This pack's version, as its pyproject.toml says it; empty where that is not there."""
     project = Path(__file__).parents[1] / "pyproject.toml"
     found = re.search(r'^version = "(.+)"', project.read_text("utf-8"), re.MULTILINE) if project.is_file() else None
-    return found[1] if found else "unknown"
+    return found[1] if found else ""
 
 
 def versions() -> list[str]:
     """What runs here, one "name: version" each."""
     return [
-        f"Nested Attention: {pack_version()}",
+        f"Nested Attention: {pack_version() or 'unknown'}",
         f"Python: {platform.python_version()} on {platform.system()} {platform.machine()}",
         *(f"{name}: {_installed(name)}" for name in _PACKAGES),
     ]

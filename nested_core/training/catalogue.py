@@ -89,6 +89,14 @@ class Catalogue:
         """Whether anything says where in the picture the subject is, or what its reference is."""
         return sample.name in self.places or "mask.png" in sample.files or sample.reference is not None
 
+    def uncut(self) -> list[str]:
+        """Pictures of one subject each of which `is_cut` says no: cut to nothing, their reference is all of them."""
+        return [p.sample.name for p in self.pictures if not (p.several or self.is_cut(p.sample))]
+
+    def subject_by_view(self) -> dict[str, str]:
+        """Of the pictures that show a subject alone: whose each is, by its name."""
+        return {sample.name: subject for subject, views in self.views.items() for sample in views}
+
     # --- when made
 
     def subject_of(self, sample: Sample) -> str:

@@ -43,8 +43,7 @@ class SubjectData:
         self.pictures = [p for p in self.catalogue.pictures for _ in range(self.catalogue.repeats(p))]
         if homeless := self.catalogue.homeless:
             log.warning("%d pictures lie in no subject's folder and are not used: %s", len(homeless), homeless[0])
-        whole = [p.sample.name for p in self.catalogue.pictures if not (p.several or self.catalogue.is_cut(p.sample))]
-        if config.reference == "self" and whole:
+        if config.reference == "self" and (whole := self.catalogue.uncut()):
             log.warning(
                 "%d of %d pictures do not say where their subject is (landmarks, a box, a mask): their reference is "
                 "the whole picture, augmented. The first: %s",

@@ -173,17 +173,15 @@ def _worth_a_look(catalogue: Catalogue, seen: Sequence[Seen], config: DataConfig
     alone = [subject for subject, views in catalogue.views.items() if len(views) == 1]
     if alone and config.layout != "pictures":
         yield f"{len(alone)} subjects have one picture, which is its own reference and teaches less:", alone
-    if config.reference == "self":
-        whole = [p.sample.name for p in catalogue.pictures if not (p.several or catalogue.is_cut(p.sample))]
-        if whole:
-            yield f"{len(whole)} pictures do not say where their subject is; the reference is the whole picture:", whole
+    if config.reference == "self" and (whole := catalogue.uncut()):
+        yield f"{len(whole)} pictures do not say where their subject is; the reference is the whole picture:", whole
     if pairs := near_duplicates(catalogue, seen):
         yield f"{len(pairs)} pairs of near-duplicates between subjects:", [f"{one} and {other}" for one, other in pairs]
 
 
 def near_duplicates(catalogue: Catalogue, seen: Sequence[Seen]) -> list[tuple[str, str]]:
     """Pairs of pictures of different subjects that show the same, mirrored or not: by their small pictures."""
-    whose = {sample.name: subject for subject, views in catalogue.views.items() for sample in views}
+    whose = catalogue.subject_by_view()
     known = [one for one in seen if one.small is not None and one.sample.name in whose]
     if len(known) < 2:
         return []
@@ -203,7 +201,7 @@ def near_duplicates(catalogue: Catalogue, seen: Sequence[Seen]) -> list[tuple[st
 
 def contact_sheet(catalogue: Catalogue, shown: Sequence[Seen]) -> Image.Image:
     """Pictures with their names and class words, and with what a reference would be cut to outlined."""
-    whose = {sample.name: subject for subject, views in catalogue.views.items() for sample in views}
+    whose = catalogue.subject_by_view()
     shown = sorted(shown, key=lambda one: one.sample.name)
     font, line, gap = typeface(13), 18, 8
     columns = min(_COLUMNS, max(1, len(shown)))

@@ -16,6 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from ..compiling import called_by, compiled_call
 from ..errors import NestedAttentionError
 
 log = logging.getLogger(__name__)
@@ -66,14 +67,11 @@ class ShardedAdamW(ZeroRedundancyOptimizer):
 def compiled(unet: nn.Module, wanted: bool) -> Iterator[None]:
     """While it is entered, the U-Net's convolution blocks and feed-forwards run compiled, if `wanted`. Attention does
     not: its subjects change with every batch."""
-    parts = [module for module in unet.modules() if wanted and isinstance(module, ResnetBlock2D | FeedForward)]
-    for part in parts:
-        part.compile()
-    try:
+    if not wanted:
         yield
-    finally:
-        for part in parts:
-            part._compiled_call_impl = None  # torch has no call for it
+        return
+    with called_by(compiled_call(), [m for m in unet.modules() if isinstance(m, ResnetBlock2D | FeedForward)]):
+        yield
 
 
 @contextmanager

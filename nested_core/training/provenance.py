@@ -19,9 +19,9 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from ..encoder import EncoderConfig
+from ..health import pack_version
 from ..metadata import describe_training
-from .data import SubjectData
-from .validation import Part
+from .validation import Part, from_files
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -32,7 +32,6 @@ _PRIVATE = {
     "validation": ("subjects",),
 }  # fmt: skip
 _WORDS = 20  # class words that are listed, the most frequent
-_PACK = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 def trained_on(run: Run, step: int, examples: int) -> dict[str, Any]:
@@ -48,9 +47,9 @@ def trained_on(run: Run, step: int, examples: int) -> dict[str, Any]:
         "settings": _settings(asdict(config)),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     }
-    if found := re.search(r'^version = "(.+)"', _PACK.read_text("utf-8") if _PACK.exists() else "", re.MULTILINE):
-        said["versions"]["comfyui-nested-attention"] = found[1]
-    if not isinstance(data, SubjectData | Part):
+    if own := pack_version():
+        said["versions"]["comfyui-nested-attention"] = own
+    if not from_files(data):
         return {**said, "pictures": len(data)}
     whole, indexes = (data.data, data.indexes) if isinstance(data, Part) else (data, range(len(data)))
     pictures = {id(picture): picture for picture in (whole.pictures[i] for i in indexes)}.values()

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Part:
         return self.data.draw(self.indexes[index], rng)
 
 
-def from_files(data: Any) -> bool:
+def from_files(data: Any) -> TypeGuard[SubjectData | Part]:
     """Whether a data set is one of folders and shards, or a part of it."""
     return isinstance(data, SubjectData | Part)
 

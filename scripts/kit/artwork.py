@@ -12,6 +12,7 @@ from demo import drawing, world
 from demo.drawing.canvas import Colour
 from nested_core.files import whole
 
+from .first_look import COLOURS, GREY, PAPER, ROOM, WHITE
 from .paths import REPO
 
 FOLDER = REPO / "docs" / "images"
@@ -21,9 +22,8 @@ _TITLE, _LINE = "Nested Attention", "Your subject, bound to one word of the prom
 # The first is also the first of the quickstart.
 _ROBOT = world.Figure("robot", "blue", "stripes", "flower", "yellow", "one", "stilts")
 _CREATURE = world.Figure("creature", "purple", "stripes", "flower", "green", "three", "feet")
-_ROOM, _PAPER, _GREY, _WHITE = (27, 29, 35), (40, 43, 52), (160, 166, 180), (236, 238, 243)
-_GOLD, _BLUE = (255, 196, 61), (94, 200, 242)
-_PROMPT = (("a ", _WHITE), ("<robot>", _GOLD), (" and a ", _WHITE), ("<creature>", _BLUE), (" in the forest", _WHITE))
+_GOLD, _BLUE = COLOURS
+_PROMPT = (("a ", WHITE), ("<robot>", _GOLD), (" and a ", WHITE), ("<creature>", _BLUE), (" in the forest", WHITE))
 _OVER = 3  # drawn larger, then reduced: smooth edges
 
 
@@ -41,7 +41,7 @@ def icon() -> Image.Image:
     """The figure between brackets on a round square, 400 x 400."""
     side = ICON_SIDE * _OVER
     page = Image.new("RGBA", (side, side))
-    ImageDraw.Draw(page).rounded_rectangle((0, 0, side - 1, side - 1), side // 6, fill=_ROOM)
+    ImageDraw.Draw(page).rounded_rectangle((0, 0, side - 1, side - 1), side // 6, fill=ROOM)
     _bracketed(page, _ROBOT, _GOLD, (side // 2, side // 2), round(side * 0.8))
     return page.resize((ICON_SIDE, ICON_SIDE), Image.Resampling.LANCZOS)
 
@@ -49,13 +49,13 @@ def icon() -> Image.Image:
 def banner() -> Image.Image:
     """Name, a prompt with two subjects' words in it, and the two between their brackets, 1680 x 720."""
     width, height = (side * _OVER for side in BANNER)
-    page = Image.new("RGB", (width, height), _ROOM)
+    page = Image.new("RGB", (width, height), ROOM)
     draw, left = ImageDraw.Draw(page), 90 * _OVER
-    for text, y, size, colour in ((_TITLE, 206, 96, _WHITE), (_LINE, 338, 36, _GREY)):
+    for text, y, size, colour in ((_TITLE, 206, 96, WHITE), (_LINE, 338, 36, GREY)):
         draw.text((left, y * _OVER), text, fill=colour, font=ImageFont.load_default(size * _OVER))
     font, at, y = ImageFont.load_default(36 * _OVER), left + 28.0 * _OVER, 476 * _OVER
     end = left + 56 * _OVER + font.getlength("".join(text for text, _ in _PROMPT))
-    draw.rounded_rectangle((left, y - 44 * _OVER, end, y + 44 * _OVER), 16 * _OVER, fill=_PAPER)
+    draw.rounded_rectangle((left, y - 44 * _OVER, end, y + 44 * _OVER), 16 * _OVER, fill=PAPER)
     for text, colour in _PROMPT:
         draw.text((at, y), text, fill=colour, font=font, anchor="lm")
         at += font.getlength(text)

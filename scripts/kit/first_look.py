@@ -16,9 +16,9 @@ from .graphs import Shown
 FILE = "first_look.png"
 _SIDE, _PAD, _GAP, _PROMPT, _HEAD = 380, 36, 36, 356, 66
 _WIDTH = 2 * _PAD + 3 * _SIDE + _PROMPT + 3 * _GAP
-_ROOM, _PAPER, _GREY, _WHITE = (27, 29, 35), (40, 43, 52), (160, 166, 180), (236, 238, 243)
+ROOM, PAPER, GREY, WHITE = (27, 29, 35), (40, 43, 52), (160, 166, 180), (236, 238, 243)
 #: Of the first and the second subject: the frame of its photo and its word in the prompt.
-_COLOURS = ((255, 196, 61), (94, 200, 242))
+COLOURS = ((255, 196, 61), (94, 200, 242))
 
 
 class Row(NamedTuple):
@@ -36,13 +36,13 @@ def first_look(rows: Sequence[Row]) -> Image.Image:
     size = _WIDTH, 2 * _PAD + _HEAD + len(rows) * (_SIDE + _GAP) - _GAP
     figure = Image.new("RGBA", size)
     draw = ImageDraw.Draw(figure)
-    draw.rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), 28, fill=_ROOM)
+    draw.rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), 28, fill=ROOM)
     left = [_PAD]
     for width in (_SIDE, _PROMPT, _SIDE):
         left.append(left[-1] + width + _GAP)
     titles = ("photo", "prompt", "picture", "without the subject")
     for x, width, title in zip(left, (_SIDE, _PROMPT, _SIDE, _SIDE), titles, strict=True):
-        draw.text((x + width / 2, _PAD), title, fill=_GREY, font=ImageFont.load_default(34), anchor="ma")
+        draw.text((x + width / 2, _PAD), title, fill=GREY, font=ImageFont.load_default(34), anchor="ma")
     for number, row in enumerate(rows):
         top = _PAD + _HEAD + number * (_SIDE + _GAP)
         _photos(figure, row.photos, left[0], top)
@@ -65,13 +65,13 @@ def _photos(figure: Image.Image, photos: Sequence[Image.Image], x: int, top: int
         place = x + number * (side + 20), top + (_SIDE - side) // 2
         _paste(figure, photo, *place, side)
         box = (*place, place[0] + side - 1, place[1] + side - 1)
-        ImageDraw.Draw(figure).rounded_rectangle(box, 14, outline=_COLOURS[number], width=6)
+        ImageDraw.Draw(figure).rounded_rectangle(box, 14, outline=COLOURS[number], width=6)
 
 
 def _prompt(draw: ImageDraw.ImageDraw, row: Row, x: int, top: int) -> None:
     """The prompt as a text widget, the subjects' words in their colours."""
     font, line, inside = ImageFont.load_default(38), 56, 26
-    colours = {subject.placeholder: colour for subject, colour in zip(row.subjects, _COLOURS, strict=False)}
+    colours = {subject.placeholder: colour for subject, colour in zip(row.subjects, COLOURS, strict=False)}
     lines: list[list[str]] = [[]]
     for word in re.findall(r"\S+", row.prompt):
         if font.getlength(" ".join([*lines[-1], word])) > _PROMPT - 2 * inside:
@@ -79,10 +79,10 @@ def _prompt(draw: ImageDraw.ImageDraw, row: Row, x: int, top: int) -> None:
         lines[-1].append(word)
     height = 2 * inside + line * len(lines)
     y = top + (_SIDE - height) // 2
-    draw.rounded_rectangle((x, y, x + _PROMPT - 1, y + height - 1), 14, fill=_PAPER)
+    draw.rounded_rectangle((x, y, x + _PROMPT - 1, y + height - 1), 14, fill=PAPER)
     for number, words in enumerate(lines):
         at = float(x + inside)
         for word in words:
             place = at, y + inside + line * number + line / 2
-            draw.text(place, word, fill=colours.get(word, _WHITE), font=font, anchor="lm")
+            draw.text(place, word, fill=colours.get(word, WHITE), font=font, anchor="lm")
             at += font.getlength(f"{word} ")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 import os
 from pathlib import Path
 
@@ -15,8 +15,6 @@ PROMPT = "a portrait of <zoe> beside a lighthouse"
 
 @pytest.fixture(scope="module")
 def health(pack):
-    import importlib
-
     return importlib.import_module(f"{pack.layer.__package__}.health")
 
 
@@ -28,17 +26,20 @@ def scene(sd15):
 
 @pytest.fixture
 def strangers(tmp_path, monkeypatch):
-    """strangers(source) -> what a file of another pack defines, among the host's custom nodes."""
+    """strangers(source) -> a module of another pack, among the host's custom nodes."""
     paths = folder_paths.folder_names_and_paths["custom_nodes"][0]
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "custom_nodes", ([str(tmp_path), *paths], set()))
     file = tmp_path / "Other-Pack" / "patches.py"
+    file.parent.mkdir()
 
-    def defined(source):
-        scope = {"functools": functools}
-        exec(compile(source, str(file), "exec"), scope)
-        return scope
+    def imported(source):
+        file.write_text(source, "utf-8")
+        spec = importlib.util.spec_from_file_location("strangers_patches", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
 
-    return defined
+    return imported
 
 
 def test_it_says_what_was_bound_and_with_which_encoder(scene, health, sd15):
@@ -62,7 +63,7 @@ def test_nothing_of_the_users_is_in_it(scene, health, sd15):
 
 def test_it_names_who_else_is_on_the_model(scene, health, sd15, strangers):
     model, positive, negative = scene
-    patch = strangers("def patch(q, k, v, extra):\n    return q, k, v\n")["patch"]
+    patch = strangers("def patch(q, k, v, extra):\n    return q, k, v\n").patch
     model = model.clone()
     model.set_model_attn2_patch(patch)
     sd15.sample(model, positive, negative)
@@ -72,12 +73,13 @@ def test_it_names_who_else_is_on_the_model(scene, health, sd15, strangers):
 def test_it_names_who_replaced_functions_of_the_host(health, strangers, monkeypatch):
     assert "text encoding" not in health.account()
     wrapped = strangers(
+        "import functools\n"
         "def around(function):\n"
         "    @functools.wraps(function)\n"
         "    def called(*args, **kwargs):\n"
         "        return function(*args, **kwargs)\n"
         "    return called\n"
-    )["around"](comfy.sd.CLIP.tokenize)
+    ).around(comfy.sd.CLIP.tokenize)
     monkeypatch.setattr(comfy.sd.CLIP, "tokenize", wrapped)
     assert "custom_nodes/Other-Pack: text encoding, CLIP.tokenize" in health.account()
 

@@ -92,6 +92,7 @@ def test_the_main_job_and_a_requeue_with_another_seed(server, graph):
 
 def test_the_health_check_tells_of_the_last_run(server, graph, names, capsys):
     run(server, graph)
+    capsys.readouterr()
     assert health.main([server.url]) == 0
     said = capsys.readouterr().out
     assert said.startswith(health.TITLE) and "ended; 1 of 1 subjects acted" in said and "bound in positive rows" in said

@@ -30,6 +30,7 @@ from nested_core.remembered import path_beside, remember
 
 SD15 = EncoderConfig(family="sd15", token_dim=768, base_model="SD 1.5")
 PHOTOS = checking.portraits(8)
+FEW = PHOTOS[:4]  # where nothing is to be told from its like
 TRUE = Settings("penultimate", "match", 2.0, "eos")
 
 
@@ -312,8 +313,8 @@ def test_an_encoder_of_its_base_model_works() -> None:
 
 
 def test_an_encoder_of_another_base_model_is_called_that() -> None:
-    plain, turned = (checking.bench(checking.silent()[0], PHOTOS, turned=t) for t in (False, True))
-    same = [list(bench.losses(None, range(len(PHOTOS)), 0.4)) for bench in (plain, turned)]
+    plain, turned = (checking.bench(checking.silent()[0], FEW, turned=t) for t in (False, True))
+    same = [list(bench.losses(None, range(len(FEW)), 0.4)) for bench in (plain, turned)]
     torch.testing.assert_close(torch.tensor(same[0]), torch.tensor(same[1]), rtol=1e-3, atol=1e-5)
     found, said = told(turned)
     assert not works(found) and settled(found) == {}
@@ -321,11 +322,11 @@ def test_an_encoder_of_another_base_model_is_called_that() -> None:
 
 
 def test_a_random_encoder_is_called_untrained() -> None:
-    found, said = told(checking.bench(checking.random_encoder(), PHOTOS))
+    found, said = told(checking.bench(checking.random_encoder(), FEW))
     assert not works(found) and "it was hardly trained" in said
 
 
 def test_a_wrong_vision_tower_is_called_that() -> None:
-    found, said = told(checking.bench(checking.silent()[0], PHOTOS, tower_seed=9))
+    found, said = told(checking.bench(checking.silent()[0], FEW, tower_seed=9))
     assert settled(found) == {}
     assert "the wrong vision tower" in said and "another base model" not in said

@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..paths import PACK, REPO
+from nested_core.health import pack_version
 
-VERSION = re.search(r'^version = "(.+)"', (REPO / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+from ..paths import PACK
+
 _HUB = "https://huggingface.co"
 
 CHECKPOINT = "sd_xl_base_1.0.safetensors"
@@ -85,7 +86,7 @@ class Template:
         """Adds a node. inputs: name=(key of a node, name of its output); "a__b" stands for "a.b"."""
         properties: dict[str, Any] = {}
         if kind.startswith("Nested"):
-            properties = {"cnr_id": PACK, "ver": VERSION[1] if VERSION else ""}
+            properties = {"cnr_id": PACK, "ver": pack_version()}
             colours = colours or _OURS
         files = [value for value in (widgets or {}).values() if value in MODELS]
         if files:
