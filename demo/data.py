@@ -110,7 +110,7 @@ def pictures(folder: Path, name: str, count: int, seed: int, *, held_out: bool =
         Entry([Figure(**f) for f in e["figures"]], [Look(**look) for look in e["looks"]], e["scene"], e["style"])
         for e in found
     ]
-    mapped = {part: np.memmap(paths[part], np.uint8, "r", shape=shape) for part, shape in shapes.items()}
+    mapped = {part: np.memmap(paths[part], np.uint8, "c", shape=shape) for part, shape in shapes.items()}
     return Pictures(mapped["pixels"], mapped["regions"], entries)
 
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from nested_core.files import whole
 from nested_core.training.precision import fastest, mixed
 
-#: loss(generator of this step's choices) -> (loss, what to log)
-Loss = Callable[[random.Random], tuple[Tensor, dict[str, float]]]
+#: loss(generator of this step's choices) -> (loss, what to log). Tensors are not waited for until they are shown.
+Loss = Callable[[random.Random], tuple[Tensor, Mapping[str, Tensor | float]]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class _Training:
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(
             module.to(device, memory_format=torch.channels_last), optimizer, schedule
         )
-        self.average = EMAModel(self.model.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.75)
+        self.average = EMAModel(self.model.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.75,
+                                foreach=True)  # fmt: skip
         self.average.to(device)
         self._parts = {"module": module, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.average}
         if path.is_file():
@@ -63,7 +64,7 @@ class _Training:
         with whole(self.path) as part:
             torch.save({**state, "step": self.step, "seconds": self.seconds}, part)
 
-    def advance(self, loss: Loss, rng: random.Random) -> dict[str, float]:
+    def advance(self, loss: Loss, rng: random.Random) -> dict[str, Tensor | float]:
         """One step; what is to be logged of it."""
         torch.manual_seed(rng.getrandbits(48))
         with self.accelerator.autocast():
@@ -75,7 +76,7 @@ class _Training:
         self.optimizer.zero_grad()
         self.average.step(self.model.parameters())
         self.step += 1
-        return {"loss": float(value.detach()), **figures}
+        return {"loss": value.detach(), **figures}
 
 
 def fit(
@@ -100,7 +101,7 @@ def fit(
     begun, steps = training.step, recipe.steps
     training.model.train()
     bar = tqdm(total=steps, initial=begun, desc=name, mininterval=5)
-    shown: dict[str, float] = {}
+    shown: dict[str, Tensor | float] = {}
     saved = last = time.monotonic()
     for step in range(begun, steps):
         for key, figure in training.advance(loss, random.Random(f"{name} {recipe.seed} {step}")).items():
@@ -138,5 +139,5 @@ def _averaged(average: EMAModel, model: nn.Module, call: Callable[[], dict[str, 
         model.train()
 
 
-def _text(figures: Mapping[str, float]) -> str:
-    return ", ".join(f"{key} {figure:.4g}" for key, figure in figures.items())
+def _text(figures: Mapping[str, Tensor | float]) -> str:
+    return ", ".join(f"{key} {float(figure):.4g}" for key, figure in figures.items())

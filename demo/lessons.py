@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +14,9 @@ import torch.nn.functional as F
 from kornia.filters import canny
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from nested_core.files import whole
 from nested_core.training import Example, ExampleSubject
 
 from . import data, drawing, models, world
@@ -22,12 +27,11 @@ FIGURE_WEIGHT, PART_WEIGHT = 3.0, 9.0  # in a loss; the background weighs 1
 class Examples:
     """Training examples of `nested_core.training`: a drawn picture, and for each figure a reference.
 
-    pairs: the reference is another picture of the figure, in another look, scene and style. Otherwise it is a crop of
-    the target itself, as in the paper.
+    The reference is one of `references`, or else a crop of the target itself, as in the paper.
     """
 
-    def __init__(self, shown: data.Pictures, latents: np.ndarray, pairs: bool) -> None:
-        self.shown, self.latents, self.pairs = shown, latents, pairs
+    def __init__(self, shown: data.Pictures, latents: np.ndarray, references: np.ndarray | None) -> None:
+        self.shown, self.latents, self.references = shown, latents, references
 
     def __len__(self) -> int:
         return len(self.shown)
@@ -37,10 +41,10 @@ class Examples:
         pixels, regions = np.array(self.shown.pixels[index]), np.array(self.shown.regions[index])
         subjects, words = [], []
         for i, figure in enumerate(entry.figures):
-            if self.pairs:
-                reference = portrait(other_entry(entry, i, rng), rng)
-            else:
+            if self.references is None:
                 reference = cropped(pixels, regions, i, rng.uniform(0.02, 0.14))
+            else:
+                reference = np.array(self.references[index, i])
             word = f"<subject{i + 1}>"
             subjects.append(ExampleSubject(word, figure.kind, [unit(reference)]))
             words.append(word)
@@ -65,6 +69,34 @@ def portrait(entry: data.Entry, rng: random.Random) -> np.ndarray:
     """The first figure of an entry, drawn and cropped: a reference, as `cropped` has it."""
     picture = data.draw(entry, rng)
     return cropped(np.asarray(picture.image), picture.regions, 0, rng.uniform(0.02, 0.14))
+
+
+def _portraits(arguments: tuple[int, int, list[data.Entry]]) -> np.ndarray:
+    seed, start, entries = arguments
+    drawn = np.zeros((len(entries), 2, models.VISION_SIZE, models.VISION_SIZE, 3), np.uint8)
+    for row, entry in enumerate(entries):
+        for i in range(len(entry.figures)):
+            rng = random.Random(f"reference {seed} {start + row} {i}")
+            drawn[row, i] = portrait(other_entry(entry, i, rng), rng)
+    return drawn
+
+
+def references(path: Path, shown: data.Pictures, seed: int) -> np.ndarray:
+    """Another picture of each figure, uint8 (pictures, 2, 96, 96, 3), drawn unless the file is there."""
+    shape = (len(shown), 2, models.VISION_SIZE, models.VISION_SIZE, 3)
+    if not path.is_file():
+        jobs = [(seed, i, shown.entries[i : i + 250]) for i in range(0, len(shown), 250)]
+        with (
+            whole(path) as part,
+            ProcessPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=len(shown), desc="drawing references") as bar,
+        ):
+            made = np.memmap(part, np.uint8, "w+", shape=shape)
+            for (_, start, entries), drawn in zip(jobs, pool.map(_portraits, jobs), strict=True):
+                made[start : start + len(entries)] = drawn
+                bar.update(len(entries))
+            del made  # flushes; an open map can't be renamed on Windows
+    return np.memmap(path, np.uint8, "c", shape=shape)
 
 
 def cropped(pixels: np.ndarray, regions: np.ndarray, index: int, margin: float) -> np.ndarray:

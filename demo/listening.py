@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import data, drawing, models
+from . import data, drawing, models, world
 
 WANTED, ELSEWHERE = 0.15, 0.05
 WEIGHT = 0.05
+SIDES = (models.LATENT_SIZE, models.LATENT_SIZE // 2)
+"""Of the grids of the U-Net's attention."""
 
 
 class Listening:
@@ -50,18 +51,31 @@ def _loss(shares: Tensor, asked: Tensor) -> Tensor:
     return missing + (F.relu(shares - ELSEWHERE) * off).sum() / off.sum().clamp(min=1)
 
 
-def asked_of(entries: Sequence[data.Entry], regions: np.ndarray, captions: Sequence[str],
-             sides: Sequence[int]) -> dict[int, Tensor]:  # fmt: skip
-    """{queries: (B, queries, 77)} for pictures with maps of parts (B, H, W) and captions, at grids of each side."""
-    tokenizer = models.tokenizer()
-    tokens = np.asarray(tokenizer([*captions], padding="max_length", max_length=models.TEXT_LENGTH).input_ids)
-    asked = {side * side: torch.zeros(len(entries), side * side, models.TEXT_LENGTH) for side in sides}
-    for row, entry in enumerate(entries):
-        for i, figure in enumerate(entry.figures):
-            shown = (regions[row] > 0) & (regions[row] // drawing.NEXT_FIGURE == i)
-            word = tokens[row] == tokenizer.convert_tokens_to_ids(f"{figure.kind}</w>")
-            for side in sides:
-                cells = shown.reshape(side, -1, side, shown.shape[1] // side).mean((1, 3)).reshape(-1)
-                said = np.where(cells > 0.3, 1.0, np.where(cells == 0, -1.0, 0.0))[:, None] * word
-                asked[side * side][row] += torch.from_numpy(said.astype(np.float32))
-    return asked
+def cells_of(regions: Tensor) -> Tensor:
+    """Maps of parts (B, H, W) -> int8 (B, 2, cells): where each figure is (1), is not (-1), or has its edge (0).
+
+    The cells are those of the U-Net's grids, one after the other.
+    """
+    figures = []
+    for i in range(2):
+        shown = ((regions > 0) & (regions // drawing.NEXT_FIGURE == i)).float()
+        cells = torch.cat([F.avg_pool2d(shown, shown.shape[-1] // side).flatten(1) for side in SIDES], 1)
+        figures.append((cells > 0.3).to(torch.int8) - (cells == 0).to(torch.int8))
+    return torch.stack(figures, 1)
+
+
+def class_words(entries: Sequence[data.Entry]) -> Tensor:
+    """Ids of figures' class words, from left to right, (B, 2); -1 where there is no second."""
+    ids = {kind: models.tokenizer().convert_tokens_to_ids(f"{kind}</w>") for kind in world.KINDS}
+    rows = [[ids[figure.kind] for figure in entry.figures] for entry in entries]
+    return torch.tensor([[*row, -1][:2] for row in rows])
+
+
+def asked_of(cells: Tensor, words: Tensor, tokens: Tensor) -> dict[int, Tensor]:
+    """{queries: (B, queries, 77)}: what is asked of a caption's words at each grid.
+
+    cells, words: `cells_of` and `class_words` of the pictures. tokens: of their captions, (B, 77).
+    """
+    said = (tokens[:, None] == words[:, :, None]).float()  # (B, 2, 77)
+    asked = cells.float().transpose(1, 2) @ said
+    return {part.shape[1]: part for part in asked.split([side * side for side in SIDES], 1)}

@@ -8,7 +8,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,9 +40,21 @@ from nested_core.training.precision import fastest
 from . import data, drawing, export, models, world
 from .fit import Loss, Recipe, fit
 from .judging import answers_of, judge, portrayed, score, share_right
-from .lessons import PART_WEIGHT, Examples, at_night, caption, cropped, described, edges, roughen, weights
+from .lessons import (
+    PART_WEIGHT,
+    Examples,
+    at_night,
+    caption,
+    cropped,
+    described,
+    edges,
+    references,
+    roughen,
+    weights,
+)
+from .listening import SIDES, Listening, asked_of, cells_of, class_words
 from .listening import WEIGHT as LISTENING_WEIGHT
-from .listening import Listening, asked_of
+from .sampling import sample, to_bytes
 from .shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, PROBE, VISION, WEIGHTS
 
 HERE = Path(__file__).resolve().parent
@@ -56,9 +68,30 @@ ENCODER_NAME = re.compile(
     r"(_alpha(?P<alpha>\d+))?(_(?P<features>last))?(_(?P<steps>\d+)_steps)?(_seed(?P<seed>\d+))?"
 )
 SHIPPED = ("codec", "vision", "probe", "base")
-STEPS = {
-    "codec": 3000, "vision": 2000, "qformer": 600, "probe": 2200, "base": 16000, "encoder": 1000, "controlnet": 1000,
-    "lora": 400,
+CAPTIONS = 8  # of each picture
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of a stage. rate: the highest learning rate."""
+
+    steps: int
+    batch: int
+    rate: float
+
+
+#: By device. A GPU is as quick with many examples as with few.
+PLANS = {
+    "cpu": {
+        "codec": Plan(3000, 16, 1e-3), "base": Plan(16000, 32, 1e-3), "probe": Plan(2200, 64, 2e-3),
+        "vision": Plan(2000, 64, 1e-3), "qformer": Plan(600, 64, 1e-3), "encoder": Plan(1600, 32, 3e-3),
+        "controlnet": Plan(1000, 32, 5e-4), "lora": Plan(400, 32, 2e-3),
+    },
+    "cuda": {
+        "codec": Plan(5000, 64, 1e-3), "base": Plan(7000, 256, 1.5e-3), "probe": Plan(4000, 64, 2e-3),
+        "vision": Plan(4000, 64, 1e-3), "qformer": Plan(1000, 64, 1e-3), "encoder": Plan(800, 64, 3e-3),
+        "controlnet": Plan(1000, 64, 5e-4), "lora": Plan(400, 64, 2e-3),
+    },
 }  # fmt: skip
 
 
@@ -83,7 +116,8 @@ class Run:
         if about.is_file() and json.loads(about.read_text("utf-8")) != said:
             raise SystemExit(f"{folder} belongs to another run, {about.read_text('utf-8')}: name another --out.")
         folder.mkdir(parents=True, exist_ok=True)
-        about.write_text(json.dumps(said), "utf-8")
+        if not about.is_file():
+            about.write_text(json.dumps(said), "utf-8")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def autocast(self) -> torch.autocast:
@@ -96,15 +130,23 @@ class Run:
             file.write(line + "\n")
         print(f"\r{line}", flush=True)
 
-    def steps(self, stage: str) -> int:
-        return max(2, round(STEPS[stage] * self.scale))
+    def plan(self, stage: str) -> Plan:
+        planned = PLANS[self.device.type][stage]
+        return replace(planned, steps=max(2, round(planned.steps * self.scale)))
+
+    def chosen(self, stage: str, rng: random.Random, among: int) -> list[int]:
+        """Which pictures a step of a stage sees."""
+        return rng.sample(range(among), min(self.plan(stage).batch, among))
+
+    def placed(self, array: np.ndarray) -> Tensor:
+        """A file's array where it is computed with."""
+        return torch.from_numpy(array).to(self.device)
 
     def fit(
         self,
         stage: str,
         module: torch.nn.Module,
         loss: Loss,
-        lr: float,
         seed: int,
         *,
         name: str = "",
@@ -113,12 +155,14 @@ class Run:
         **recipe: Any,
     ) -> torch.nn.Module:
         """Trains the module of a stage, saved under `name` or the stage's own. seed: added to the run's."""
-        made = Recipe(self.steps(stage), lr, self.seed + seed, **recipe)
+        plan = self.plan(stage)
+        made = Recipe(plan.steps, plan.rate, self.seed + seed, **recipe)
         return fit(name or stage, self.folder, module, loss, made, log=self.log, note=note, note_every=note_every)
 
     def count(self, pictures: int) -> int:
         return max(64, round(pictures * self.scale))
 
+    @functools.cache  # noqa: B019 - a run lives as long as its process
     def pictures(self) -> data.Pictures:
         return data.pictures(self.folder, "pictures", self.count(data.PICTURES), self.seed)
 
@@ -156,27 +200,25 @@ class Run:
         models.start_codec(codec, patches[torch.randperm(len(patches))[:20_000]])
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-            chosen = rng.sample(range(len(shown)), 16)
-            pixels = self.pixels(shown.pixels, chosen)
+            chosen = self.chosen("codec", rng, len(shown))
             corners = [(rng.randrange(0, size - crop + 1, 8), rng.randrange(0, size - crop + 1, 8)) for _ in chosen]
-            pixels = torch.stack(
-                [p[:, y : y + crop, x : x + crop] for p, (y, x) in zip(pixels, corners, strict=True)]
-            ).contiguous(memory_format=torch.channels_last)
+            crops = [shown.pixels[i][y : y + crop, x : x + crop] for i, (y, x) in zip(chosen, corners, strict=True)]
+            pixels = self.pixels(np.stack(crops), list(range(len(crops)))).contiguous(memory_format=torch.channels_last)
             latents = codec.encode(pixels).latents.float()
             # Noise makes the latent space smooth and the decoder lenient towards what a U-Net makes.
             out = codec.decode(latents + 0.03 * torch.randn_like(latents)).sample.float()
             error = out - pixels
-            edges = sum((F.l1_loss(out.diff(dim=d), pixels.diff(dim=d)) for d in (2, 3)), torch.zeros(()))
+            edges = F.l1_loss(out.diff(dim=2), pixels.diff(dim=2)) + F.l1_loss(out.diff(dim=3), pixels.diff(dim=3))
             size_of = latents.square().mean()
             value = error.abs().mean() + error.square().mean() + edges + 0.001 * size_of
-            return value, {"mse": float(error.detach().square().mean()), "latent": float(size_of.detach())}
+            return value, {"mse": error.detach().square().mean(), "latent": size_of.detach()}
 
         def note(step: int) -> dict[str, float]:
             pixels = self.pixels(unseen.pixels, list(range(min(32, len(unseen)))))
             error = (codec.decode(codec.encode(pixels).latents).sample - pixels).square().mean()
             return {"unseen PSNR": float(10 * torch.log10(4 / error))}
 
-        self.fit("codec", codec, loss, 1e-3, 0, note=note, note_every=200)
+        self.fit("codec", codec, loss, 0, note=note, note_every=200)
         with torch.no_grad():
             latents = codec.encode(self.pixels(shown.pixels, list(range(min(128, len(shown)))))).latents
         codec.register_to_config(scaling_factor=round(float(1 / latents.std()), 4))
@@ -214,12 +256,11 @@ class Run:
                 for at in _batches(shape[0], 64, f"making {name}"):
                     made[at] = make(at).cpu().numpy()
                 del made  # flushes; an open map can't be renamed on Windows
-        return np.memmap(path, dtype, "r", shape=shape)
+        return np.memmap(path, dtype, "c", shape=shape)
 
     def decode(self, codec: torch.nn.Module, latents: Tensor) -> Tensor:
         """Scaled latents (B, 32, h, w) -> uint8 pictures (B, 3, 8h, 8w)."""
-        out = codec.decode(latents.float().to(self.device) / codec.config.scaling_factor).sample.float()
-        return ((out + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return to_bytes(codec.decode(latents.float().to(self.device) / codec.config.scaling_factor).sample.float())
 
     def probe(self) -> models.Probe:
         """The judge: trained on pictures as drawn and as the codec shows them; no other model sees it."""
@@ -230,8 +271,7 @@ class Run:
         answers, unseen_answers = answers_of(shown.entries), answers_of(unseen.entries)
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-            chosen = rng.sample(range(len(shown)), min(32, len(shown)))
-            again = rng.sample(range(len(decoded)), min(32, len(decoded)))
+            chosen, again = (self.chosen("probe", rng, len(of))[::2] for of in (shown, decoded))
             pixels = torch.cat([self.pixels(shown.pixels, chosen), self.pixels(decoded, again)])
             out = probe(roughen(pixels, rng).contiguous(memory_format=torch.channels_last))
             value, right = score(out, answers[chosen + again].to(self.device), list(models.SCORED))
@@ -243,7 +283,7 @@ class Run:
             rights = {name: share_right(out[name], unseen_answers[:, i]) for i, name in enumerate(models.SCORED)}
             return {"unseen": sum(rights.values()) / len(rights), "worst": min(rights.values())}
 
-        return self.fit("probe", probe, loss, 2e-3, 10, note=note, note_every=500)
+        return self.fit("probe", probe, loss, 10, note=note, note_every=500)
 
     def vision(self) -> torch.nn.Module:
         """The tower, trained as CLIP's are, on portraits and on phrases that are true of them; it sees everything."""
@@ -258,17 +298,17 @@ class Run:
             truth = torch.zeros(len(entries), len(places))
             for row, (entry, i) in enumerate(zip(entries, which.tolist(), strict=True)):
                 said = world.facts(entry.figures[i], entry.looks[i])
-                for fact in (*said, f"in the {entry.scene}", f"{entry.style} drawing"):
+                for fact in (*said, world.place(entry.scene), f"{entry.style} drawing"):
                     truth[row, places[fact]] = 1
             return truth.to(self.device)
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-            chosen = rng.sample(range(len(shown)), min(64, len(shown)))
+            chosen = self.chosen("vision", rng, len(shown))
             pixels, which = self.portraits(shown, chosen, rng)
             truth = true_of([shown.entries[i] for i in chosen], which)
             found = matching(roughen(pixels, rng))
             parts = [F.binary_cross_entropy_with_logits(logits.float(), truth) for logits in found]
-            return sum(parts, torch.zeros(())) * 10, {"by patches": float(parts[1].detach()) * 10}
+            return (parts[0] + parts[1]) * 10, {"by patches": parts[1].detach() * 10}
 
         def note(step: int) -> dict[str, float]:
             rng = random.Random(0)
@@ -287,7 +327,7 @@ class Run:
                 figures[f"worst {worst}"] = rights[worst]
             return figures
 
-        self.fit("vision", matching, loss, 1e-3, 30, note=note, note_every=250, warmup=300)
+        self.fit("vision", matching, loss, 30, note=note, note_every=250, warmup=300)
         return tower
 
     def base(self) -> Base:
@@ -303,24 +343,21 @@ class Run:
             base.text_encoder.set_attn_implementation("eager")
         if "base" in self.shipped:
             return base.eval().requires_grad_(False)
-        shown, latents, codec = self.pictures(), self.latents(), self.codec()
+        shown, latents, codec = self.pictures(), self.placed(self.latents()), self.codec()
+        cells, words = self.placed(self.cells()), class_words(shown.entries).to(self.device)
         base.unet.set_attn_processor(Listening())
         unet = torch.compile(base.unet) if self.compiled else base.unet
-        sides = (models.LATENT_SIZE, models.LATENT_SIZE // 2)
 
-        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        def loss(rng: random.Random) -> tuple[Tensor, dict[str, Tensor]]:
             heard: list[Tensor] = []
 
-            def predict(noisy: Tensor, times: Tensor, text: Tensor, chosen: list[int], captions: list[str]) -> Tensor:
-                entries = [shown.entries[i] for i in chosen]
-                asked = asked_of(entries, shown.regions[np.array(chosen)], captions, sides)
-                asked = {queries: wanted.to(self.device) for queries, wanted in asked.items()}
-                listening = {"asked": asked, "heard": heard}
+            def predict(noisy: Tensor, times: Tensor, text: Tensor, chosen: Tensor, tokens: Tensor) -> Tensor:
+                listening = {"asked": asked_of(cells[chosen], words[chosen], tokens), "heard": heard}
                 return unet(noisy, times, text, cross_attention_kwargs=listening).sample
 
-            value, figures = self.denoising_loss(rng, shown, latents, base.read, predict)
+            value, figures = self.denoising_loss("base", rng, latents, base, predict)
             unheard = torch.stack(heard).mean()
-            return value + LISTENING_WEIGHT * unheard, figures | {"unheard": float(unheard.detach())}
+            return value + LISTENING_WEIGHT * unheard, figures | {"unheard": unheard.detach()}
 
         def note(step: int) -> dict[str, float]:
             rng = random.Random(0)
@@ -328,7 +365,7 @@ class Run:
             _save_sheet(self.sample(base, codec, texts, seed=0), self.folder / "samples" / f"base_{step:06}.png")
             return {}
 
-        self.fit("base", base, loss, 1e-3, 20, ema=0.9995, warmup=300, note=note)
+        self.fit("base", base, loss, 20, ema=0.9995, warmup=300, note=note)
         base.unet.set_attn_processor(AttnProcessor())
         return base
 
@@ -346,31 +383,65 @@ class Run:
             said = {name: share for name, share in told.items() if not name.startswith("identity")}
             self.log(f"obedience, combinations {title}: {', '.join(f'{k} {v:.2f}' for k, v in said.items())}")
 
-    def denoising_loss(
-        self, rng: random.Random, shown: data.Pictures, latents: np.ndarray, read: Callable[[list[str]], Tensor],
-        predict: Callable[[Tensor, Tensor, Tensor, list[int], list[str]], Tensor],
-    ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-        """The loss of 32 of the pictures that `latents` has, with captions of theirs.
+    def captions(self) -> np.ndarray:
+        """Tokens of some captions of each of `pictures`, int16 (N, captions, 77)."""
+        shown, tokenizer = self.pictures(), models.tokenizer()
 
-        predict  (noisy latents, times, text (B, 77, 128), which pictures, their captions) -> v
+        def write(at: list[int]) -> Tensor:
+            rngs = [random.Random(f"{self.seed} captions {i}") for i in at]
+            texts = [caption(shown.entries[i], rng) for i, rng in zip(at, rngs, strict=True) for _ in range(CAPTIONS)]
+            tokens = tokenizer(texts, padding="max_length", max_length=models.TEXT_LENGTH, return_tensors="pt")
+            return tokens.input_ids.view(len(at), CAPTIONS, -1)
+
+        return self.made_once("captions.i16", np.int16, (len(shown), CAPTIONS, models.TEXT_LENGTH), write)
+
+    def cells(self) -> np.ndarray:
+        """`cells_of` each of `pictures`, int8 (N, 2, cells)."""
+        shape = (self.count(data.PICTURES), 2, sum(side * side for side in SIDES))
+        return self.made_once("cells.i8", np.int8, shape, lambda at: cells_of(self.regions(at)))
+
+    def weighing(self) -> np.ndarray:
+        """What the places of `latents` weigh in a loss, float16 (N, 1, 16, 16)."""
+        shape = (self.count(data.PICTURES), 1, models.LATENT_SIZE, models.LATENT_SIZE)
+        return self.made_once(
+            "weights.f16", np.float16, shape, lambda at: F.avg_pool2d(weights(self.regions(at))[:, None], 8)
+        )
+
+    def regions(self, chosen: list[int]) -> Tensor:
+        """Maps of parts of chosen ones of `pictures`, (B, H, W)."""
+        return torch.from_numpy(self.pictures().regions[chosen]).to(self.device)
+
+    @functools.cached_property
+    def _lessons(self) -> tuple[Tensor, Tensor]:
+        """`captions` and `weighing` where they are computed with."""
+        return self.placed(self.captions()), self.placed(self.weighing())
+
+    def denoising_loss(
+        self, stage: str, rng: random.Random, latents: Tensor, base: Base,
+        predict: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """The loss of some of the pictures that `latents` has, with captions of theirs.
+
+        predict  (noisy latents, times, text (B, 77, 128), which pictures (B,), their captions' tokens (B, 77)) -> v
         """
-        scheduler = models.scheduler()
-        chosen = rng.sample(range(len(latents)), min(32, len(latents)))
-        captions = [caption(shown.entries[i], rng) for i in chosen]
-        clean = torch.from_numpy(latents[np.array(chosen)]).float().to(self.device)
+        scheduler, (captions, weighing) = models.scheduler(), self._lessons
+        which = self.chosen(stage, rng, len(latents))
+        chosen = torch.tensor(which, device=self.device)
+        said = torch.tensor([rng.randrange(CAPTIONS) for _ in which], device=self.device)
+        tokens, clean = captions[chosen, said].long(), latents[chosen].float()
         noise = torch.randn_like(clean)
         # Half of them anywhere, half around the noise at which shapes are decided.
         times = torch.where(
-            torch.rand(len(chosen)) < 0.5,
-            torch.randint(0, scheduler.config.num_train_timesteps, (len(chosen),)),
-            (500 + 150 * torch.randn(len(chosen))).long().clamp(0, 999),
+            torch.rand(len(which)) < 0.5,
+            torch.randint(0, scheduler.config.num_train_timesteps, (len(which),)),
+            (500 + 150 * torch.randn(len(which))).long().clamp(0, 999),
         ).to(self.device)
         noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
-        predicted = predict(noisy, times, read(captions), chosen, captions).float()
+        text = base.text_encoder(tokens).last_hidden_state
+        predicted = predict(noisy, times, text, chosen, tokens).float()
         error = (predicted - scheduler.get_velocity(clean, noise, times)).square()
-        regions = torch.from_numpy(shown.regions[np.array(chosen)]).to(self.device)[:, None]
-        weight = F.avg_pool2d(weights(regions), 8)
-        return (error * weight).mean() / weight.mean(), {"plain": float(error.detach().mean())}
+        weight = weighing[chosen].float()
+        return (error * weight).mean() / weight.mean(), {"plain": error.detach().mean()}
 
     def controlnet(self) -> Path:
         """A ControlNet for edges, as the host's Canny node draws them; its file."""
@@ -378,18 +449,18 @@ class Run:
         if path.is_file():
             return path
         torch.manual_seed(self.seed + 50)
-        base, shown, latents = self.base(), self.pictures(), self.latents()
+        base, shown, latents = self.base(), self.pictures(), self.placed(self.latents())
         controlnet: Any = ControlNetModel.from_unet(base.unet)
         if self.device.type == "cpu":
             controlnet.set_attn_processor(AttnProcessor())
         count = min(self.count(3000), len(shown))
-        drawn = self.made_once(
+        drawn = self.placed(self.made_once(
             "edges.u8", np.uint8, (count, drawing.SIZE, drawing.SIZE),
             lambda at: edges(self.pixels(shown.pixels, at).float() / 2 + 0.5),
-        )  # fmt: skip
+        ))  # fmt: skip
 
-        def predict(noisy: Tensor, times: Tensor, text: Tensor, chosen: list[int], _: list[str]) -> Tensor:
-            hints = torch.from_numpy(drawn[np.array(chosen)]).float().to(self.device)[:, None].expand(-1, 3, -1, -1)
+        def predict(noisy: Tensor, times: Tensor, text: Tensor, chosen: Tensor, _: Tensor) -> Tensor:
+            hints = drawn[chosen].float()[:, None].expand(-1, 3, -1, -1)
             down, mid = controlnet(noisy, times, text, hints, return_dict=False)
             return base.unet(
                 noisy, times, text, down_block_additional_residuals=down, mid_block_additional_residual=mid
@@ -397,8 +468,8 @@ class Run:
 
         self.fit(
             "controlnet", controlnet,
-            lambda rng: self.denoising_loss(rng, shown, latents[:count], base.read, predict),
-            5e-4, 50, ema=0.995, note_every=250,
+            lambda rng: self.denoising_loss("controlnet", rng, latents[:count], base, predict),
+            50, ema=0.995, note_every=250,
         )  # fmt: skip
         export.write_controlnet(path, controlnet)
         return path
@@ -412,19 +483,19 @@ class Run:
         base, shown, codec = self.base(), self.pictures(), self.codec()
         count = min(self.count(4000), len(shown))
         shape = (count, models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
-        latents = self.made_once(
+        latents = self.placed(self.made_once(
             "night_latents.f16", np.float16, shape,
             lambda at: codec.encode(at_night(self.pixels(shown.pixels, at))).latents.float()
             * codec.config.scaling_factor,
-        )  # fmt: skip
+        ))  # fmt: skip
         targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
         base.unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=targets))
         trained = torch.nn.ParameterList([p for p in base.unet.parameters() if p.requires_grad])
         self.fit(
             "lora", trained,
             lambda rng: self.denoising_loss(
-                rng, shown, latents, base.read, lambda noisy, times, text, *_: base.unet(noisy, times, text).sample),
-            2e-3, 60, ema=0.99, warmup=20, note_every=100,
+                "lora", rng, latents, base, lambda noisy, times, text, *_: base.unet(noisy, times, text).sample),
+            60, ema=0.99, warmup=20, note_every=100,
         )  # fmt: skip
         export.write_lora(path, base.unet)
         return path
@@ -448,7 +519,7 @@ class Run:
             return judged["reader"](encoder.encode(seen)), truth.to(self.device)
 
         def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-            told, truth = read(shown, rng.sample(range(len(shown)), min(64, len(shown))), rng)
+            told, truth = read(shown, self.chosen("qformer", rng, len(shown)), rng)
             value, right = score(told, truth, [*models.PORTRAIT])
             return value, {"right": right}
 
@@ -462,7 +533,7 @@ class Run:
             return {"unseen": sum(rights) / len(rights), "worst": min(rights)}
 
         if not path.is_file():
-            self.fit("qformer", judged, loss, 1e-3, 40, name=name, note=note, note_every=250)
+            self.fit("qformer", judged, loss, 40, name=name, note=note, note_every=250)
             write_encoder(path, encoder)
         return path
 
@@ -485,12 +556,12 @@ class Run:
             settings = replace(settings, alpha=float(match["alpha"]), learn_alpha=False)
         if match["features"]:
             settings = replace(settings, image_features="last")
-        base, tower, codec = self.base(), self.vision(), self.codec()
+        base, tower, codec, planned = self.base(), self.vision(), self.codec(), PLANS[self.device.type]["encoder"]
         config = TrainingConfig(
             output=str(self.folder / name),
             compile=self.compiled,
-            steps=max(2, round(int(match["steps"] or STEPS["encoder"]) * self.scale)),
-            batch_size=32,
+            steps=max(2, round(int(match["steps"] or planned.steps) * self.scale)),
+            batch_size=planned.batch,
             seed=self.seed + int(match["seed"] or 0),
             workers=1,
             save_every=250,
@@ -499,12 +570,14 @@ class Run:
             encoder=settings,
             init=InitConfig(encoder=str(self.qformer(settings.tokens, settings.image_features)), layers="unet"),
             optimiser=OptimiserConfig(
-                qformer_rate=5e-4, layers_rate=3e-3, warmup=100, schedule="cosine", ema=0.995
+                qformer_rate=5e-4, layers_rate=planned.rate, warmup=100, schedule="cosine", ema=0.995
             ),
             loss=LossConfig(mask_weight=PART_WEIGHT, drop_text=0.05),
             samples=SampleConfig(every=500, count=6, seeds=3, guidance=4.0),
         )  # fmt: skip
-        examples = Examples(self.pictures(), self.latents(), pairs=bool(match["pairs"]))
+        shown, pairs = self.pictures(), bool(match["pairs"])
+        others = references(self.folder / "references.u8", shown, self.seed) if pairs else None
+        examples = Examples(shown, self.latents(), others)
         parts = models.base_model(base.unet, base.text_encoder, codec, tower)
         # Which base it is for: the evaluation refuses to run it on another.
         (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -548,20 +621,12 @@ class Run:
         self.log(f"export: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
 
     @torch.no_grad()
-    def sample(self, base: Base, codec: torch.nn.Module, texts: list[str], seed: int, cfg: float = 4.0,
-               steps: int = 25) -> Tensor:  # fmt: skip
-        """uint8 pictures (B, 3, 128, 128) for prompts, by DDIM with guidance."""
-        scheduler = models.scheduler()
-        scheduler.set_timesteps(steps)
+    def sample(self, base: Base, codec: torch.nn.Module, texts: list[str], seed: int) -> Tensor:
+        """uint8 pictures (B, 3, 128, 128) for prompts."""
         shape = (len(texts), models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         with self.autocast():
-            text = base.read([*texts, *([""] * len(texts))])
-            for time in scheduler.timesteps:
-                out = base.unet(torch.cat([x, x]), time, text).sample.float()
-                positive, negative = out.chunk(2)
-                x = scheduler.step(negative + cfg * (positive - negative), time, x).prev_sample
-            return self.decode(codec, x)
+            return sample(base.unet, codec, base.read([*texts, *([""] * len(texts))]), noise)
 
 
 class Base(torch.nn.Module):
@@ -604,7 +669,7 @@ def _questions() -> list[tuple[str, list[str]]]:
             for v in options
         ]
         questions.append((name, [world.facts(*both)[place] for both in shown]))
-    questions.append(("scene", [f"in the {scene}" for scene in world.SCENES]))
+    questions.append(("scene", [world.place(scene) for scene in world.SCENES]))
     return [*questions, ("style", [f"{style} drawing" for style in world.STYLES])]
 
 

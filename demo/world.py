@@ -108,7 +108,7 @@ def other_look(rng: random.Random, look: Look, style: str) -> Look:
 
 
 def phrase(word: str, look: Look | None = None, named: Collection[str] = tuple(LOOKS)) -> str:
-    """A figure in words: "smiling wooden robot waving facing left holding a balloon". `named`: axes that are said."""
+    """A figure in words: "smiling wooden robot waving facing left holding a balloon". named: axes that are said."""
     if look is None:
         return word
     said = {name: getattr(look, name) for name in named}
@@ -116,15 +116,24 @@ def phrase(word: str, look: Look | None = None, named: Collection[str] = tuple(L
     if "view" in said:
         parts.append(f"facing {look.view}")
     if "held" in said:
-        parts.append("holding nothing" if look.held == "nothing" else f"holding a {look.held}")
+        parts.append("holding nothing" if look.held == "nothing" else f"holding {_article(look.held)}")
     return " ".join(part for part in parts if part)
+
+
+def _article(phrase: str) -> str:
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def place(scene: str) -> str:
+    """Where a scene is, in words."""
+    return {"beach": "on the beach", "space": "in space"}.get(scene, f"in the {scene}")
 
 
 def prompt(figures: Sequence[str], scene: str | None = None, style: str | None = None) -> str:
     """The prompt of a picture; figures as phrases with words or placeholders, from left to right."""
-    text = f"a {' and a '.join(figures)}"
+    text = " and ".join(map(_article, figures))
     if scene:
-        text += f" in the {scene}"
+        text += f" {place(scene)}"
     return text + f", {style} drawing" if style else text
 
 
@@ -143,7 +152,7 @@ def all_facts() -> list[str]:
     figures = [Figure(*(options[i % len(options)] for options in values)) for i in range(max(map(len, values)))]
     looks = [Look(*(options[i % len(options)] for options in LOOKS.values())) for i in range(5)]
     of_figures = (facts(f, look) for f, look in itertools.product(figures, looks))
-    backgrounds = [f"in the {scene}" for scene in SCENES] + [f"{style} drawing" for style in STYLES]
+    backgrounds = [place(scene) for scene in SCENES] + [f"{style} drawing" for style in STYLES]
     return sorted({fact for some in of_figures for fact in some}) + backgrounds
 
 
@@ -151,7 +160,8 @@ def words() -> list[str]:
     """Every word that a text of this world can have."""
     options = [KINDS, SCENES, STYLES, *ATTRIBUTES.values(), *LOOKS.values()]
     texts = [" ".join(values) for values in options]
-    texts += [prompt(["x", "x"], "x", "x"), "facing holding body belly hat eyes nothing"]
+    texts += [prompt(["x", "x"], scene, "x") for scene in SCENES]
+    texts += ["facing holding an body belly hat eyes nothing"]
     return sorted(set(" ".join(texts).replace(",", " ").split()) - {"x"})
 
 

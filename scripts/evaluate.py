@@ -1,10 +1,12 @@
-"""The method measured in the small world: pictures sampled in a real ComfyUI through the nodes, scored by the probe.
+"""The method measured in the small world: pictures of held-out subjects, scored by the probe.
 
     python scripts/evaluate.py                  everything; goes on where it stopped
     python scripts/evaluate.py --identities 8   quicker, wider intervals
     python scripts/evaluate.py --only table     one part; the others' names: --help
 
-Subjects are held out of every training; each is sampled with three seeds. Writes docs/evaluation.md and .json, and
+Subjects are held out of every training; each is sampled with three seeds. Trained encoders are compared in diffusers,
+which opens the baselines as well and makes many pictures at a time, on a GPU where there is one; that the nodes come to
+the same, and what only nodes can do, is measured in a real ComfyUI. Writes docs/evaluation.md and .json, and
 docs/images/evaluation.png. Encoders: the shipped one, and those that `demo/train.py` left in its folder: `one_value`
 and `decoupled` (the baselines, trained with the same budget), each also with `_pairs` (references are other pictures),
 `nested_<N>_tokens` for the sweep of tokens, and any of them with `_seed<S>` for other training seeds. What is missing
@@ -31,7 +33,7 @@ def main() -> int:
     host = prepared_host()
     from kit.evaluation.run import evaluate  # needs packages that are there only now
 
-    evaluate(host, arguments.run, arguments.identities, arguments.only)
+    evaluate(lambda: host, arguments.run, arguments.identities, arguments.only)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 from pathlib import Path
 
@@ -13,8 +12,10 @@ import torch
 from PIL import Image
 
 from demo import export, models, shipped, world
+from demo.sampling import sample
 from kit import graphs, small_world
-from kit.evaluation.bench import Bench, Condition
+from kit.evaluation.cases import Condition
+from kit.evaluation.nodes import Nodes
 from kit.server import Server
 from nested_core.checkpoint import load_encoder
 from nested_core.hosts.diffusers import BoundSubject, nested_attention
@@ -42,7 +43,8 @@ def server(tmp_path_factory, names):
 
 @pytest.fixture(scope="module")
 def bench(server, names):
-    return Bench(server, names, {"nested": shipped.ENCODER}, A_DOZEN, seeds=1)
+    encoders = {"nested": names["models"] / "nested_attention" / shipped.ENCODER}
+    return Nodes(server, names, encoders, A_DOZEN, server.work / "answers", seeds=1)
 
 
 def mean(scores, name):
@@ -106,21 +108,7 @@ def in_diffusers(reference, shown, prompt, *, seed, steps, cfg):
     padded = tokenizer([reading.text, ""], padding="max_length", max_length=models.TEXT_LENGTH, return_tensors="pt")
     text = text_encoder(padded.input_ids).last_hidden_state
 
-    signal = models.scheduler().alphas_cumprod
-    known = ((1 - signal) / signal).sqrt().log()
-    at = torch.linspace(999, 0, steps)
-    low = at.floor().long()
-    part = at - low
-    sigmas = torch.cat([(known[low] * (1 - part) + known[(low + 1).clamp_max(999)] * part).exp(), torch.zeros(1)])
     shape = (1, models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * (1 + sigmas[0] ** 2).sqrt()
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     with nested_attention(unet, [BoundSubject(encoder, subject, places, rows=(0, 1))]):
-        for sigma, following in itertools.pairwise(sigmas):
-            scale = (1 + sigma**2).rsqrt()
-            time = (known - sigma.log()).abs().argmin()
-            v = unet((x * scale).expand(2, -1, -1, -1), time, text).sample
-            v = v[1:] + cfg * (v[:1] - v[1:])
-            clean = x * scale**2 - v * sigma * scale
-            x = x + (x - clean) / sigma * (following - sigma)
-    out = codec.decode(x / codec.config.scaling_factor).sample[0].permute(1, 2, 0) / 2 + 0.5
-    return (out.clamp(0, 1) * 255).floor() / 255
+        return sample(unet, codec, text, noise, steps, cfg)[0].permute(1, 2, 0) / 255

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 from demo import data, drawing, models, world
 from demo.lessons import caption, cropped, described, other_entry
-from demo.listening import asked_of
+from demo.listening import asked_of, cells_of, class_words
 
 VISIBLE = 16  # of 255, in any colour
 SPREAD = 3  # pixels that ink, soft edges and light reach beyond what they belong to
@@ -202,11 +203,13 @@ def test_every_word_of_every_prompt_is_one_token():
 
 def test_prompts_say_the_look_and_never_the_identity():
     look = world.Look("sad", "wooden", "waving", "left", "umbrella")
-    assert world.phrase("<bolt>", look) == "sad wooden <bolt> waving facing left holding a umbrella"
+    assert world.phrase("<bolt>", look) == "sad wooden <bolt> waving facing left holding an umbrella"
     assert world.phrase("robot", replace(look, held="nothing"), ["pose", "held"]) == "robot waving holding nothing"
     assert world.phrase("robot") == "robot"
     assert world.prompt(["<bolt>", "creature"], "sea", "flat") == "a <bolt> and a creature in the sea, flat drawing"
     assert world.prompt(["robot"], style="neon") == "a robot, neon drawing"
+    assert world.prompt(["angry <bolt>"], "beach") == "an angry <bolt> on the beach"
+    assert world.prompt(["robot"], "space") == "a robot in space"
     rng = random.Random(8)
     entry = data.random_entry(rng, 2)
     identity = {v for options in world.ATTRIBUTES.values() for v in options} | {"belly", "hat", "eyes", "body"}
@@ -242,7 +245,9 @@ def test_a_class_word_is_asked_for_on_its_figure_alone():
     entry = data.random_entry(rng, 2)
     picture = data.draw(entry, rng)
     text = data.plain_prompt(entry)
-    asked = asked_of([entry], picture.regions[None], [text], (16, 8))
+    tokens = models.tokenizer()([text], padding="max_length", max_length=models.TEXT_LENGTH, return_tensors="pt")
+    cells = cells_of(torch.from_numpy(picture.regions)[None])
+    asked = asked_of(cells, class_words([entry]), tokens.input_ids)
     assert asked[256].shape == (1, 256, models.TEXT_LENGTH) and asked[64].shape == (1, 64, models.TEXT_LENGTH)
     words = text.replace(",", " ,").split()
     for index, figure in enumerate(entry.figures):

@@ -9,7 +9,9 @@ METHODS = {
 #: Parts of the evaluation, in the order of the page.
 TITLES = {
     "table": "One subject",
+    "nodes": "One subject, in ComfyUI through the nodes",
     "frontier": "Identity and prompt, over strengths",
+    "budget": "Identity and prompt, by how long was trained",
     "pairs": "Two subjects in one picture",
     "separation": "Two subjects, with separation",
     "apart": "Two subjects that touch, with Separate Subjects",

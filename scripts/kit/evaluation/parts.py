@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from nested_core.attention import outer_probabilities, scaled_dot_product
 from nested_core.hosts.diffusers import cross_attention
 
 from . import METHODS
-from .bench import WITHOUT_SUBJECT, Bench, Condition, Scores
+from .batched import Batched
+from .cases import WITHOUT_SUBJECT, Bench, Condition, Scores
+from .nodes import Nodes
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 REGIMES = {"": "the reference is a crop of the target", "_pairs": "the reference is another picture"}
@@ -23,13 +26,14 @@ FOCUS = (1.0, 1.5, 2.0, 3.0)
 SEPARATION = (0.0, 0.25, 0.5, 0.75, 1.0)
 APART = (0.0, 0.5, 1.0)
 GUIDANCE = (1.5, 3.0, 5.0, 7.5)
-TOKENS = (1, 4, 16, 64)
+TOKENS = (1, 4, 16)
+BUDGETS = ("_200_steps", "")
 VIEWS = (1, 2, 4)
 
 Rows = list[tuple[str, Scores]]
 
 
-def table(bench: Bench) -> Rows:
+def table(bench: Batched) -> Rows:
     """One subject, every method in both regimes; training seeds are pooled."""
     rows = [(METHODS["none"], bench.measure(bench.condition("none")))]
     for method, regime in _trained(bench):
@@ -37,7 +41,7 @@ def table(bench: Bench) -> Rows:
     return rows
 
 
-def frontier(bench: Bench) -> Rows:
+def frontier(bench: Batched) -> Rows:
     """Identity against alignment over strengths: what is gained of the one for what is lost of the other."""
     return [
         (f"{METHODS[method]}, {REGIMES[regime]}, strength {value:g}",
@@ -62,42 +66,54 @@ def _over_seeds(bench: Bench, method: str, regime: str, share: float = 1.0, **ch
                    for q in every[0].right})  # fmt: skip
 
 
-def pairs(bench: Bench) -> Rows:
+def pairs(bench: Batched) -> Rows:
     rows = [(METHODS["none"], bench.measure(bench.condition("none", pair=True), 0.67))]
     for method, regime in _trained(bench):
         rows.append((f"{METHODS[method]}, {REGIMES[regime]}", _over_seeds(bench, method, regime, 0.67, pair=True)))
     return rows
 
 
-def focus(bench: Bench) -> Rows:
+def focus(bench: Batched) -> Rows:
     return [(f"focus {x:g}", bench.measure(bench.condition("nested", focus=x), 0.5)) for x in FOCUS]
 
 
-def separation(bench: Bench) -> Rows:
+def nodes(bench: Nodes) -> Rows:
+    """The shipped encoder and no subject, for the table's rows of the same names."""
+    return [(METHODS[name], bench.measure(bench.condition(name))) for name in ("none", "nested")]
+
+
+def separation(bench: Nodes) -> Rows:
     return [
         (f"separation {x:g}", bench.measure(bench.condition("nested", pair=True, separation=x), 0.67))
         for x in SEPARATION
     ]
 
 
-def apart(bench: Bench) -> Rows:
+def apart(bench: Nodes) -> Rows:
     """Two subjects who reach out for each other, with Separate Subjects and without."""
     return [
-        (
-            f"{METHODS[method]}, Separate Subjects {x:g}",
-            bench.measure(bench.condition(method, pair=True, apart=x, touching=True), 0.67),
-        )
-        for method in ("nested", "one_value")
-        if method in bench.encoders
+        (f"Separate Subjects {x:g}", bench.measure(bench.condition("nested", pair=True, apart=x, touching=True), 0.67))
         for x in APART
     ]
 
 
-def identity(bench: Bench) -> Rows:
+def budget(bench: Batched) -> Rows:
+    """The frontier after a quarter of the training, and after all of it: whether the order has settled."""
+    return [
+        (f"{METHODS[method]}{', 200 steps' if steps else ''}, strength {value:g}",
+         bench.measure(Condition(method, f"{method}{steps}", strength=value), 0.5))
+        for steps in BUDGETS
+        for method in METHODS
+        if f"{method}{steps}" in bench.encoders
+        for value in STRENGTHS
+    ]  # fmt: skip
+
+
+def identity(bench: Batched) -> Rows:
     return [(f"α x {x:g}", bench.measure(bench.condition("nested", alpha=x), 0.5)) for x in IDENTITIES]
 
 
-def unconditional(bench: Bench) -> Rows:
+def unconditional(bench: Batched) -> Rows:
     """What the negative side of the guidance gets: nothing, the class word, or a black picture on the class word.
 
     *gain*: of identity over that of nothing, subject by subject.
@@ -114,7 +130,7 @@ def unconditional(bench: Bench) -> Rows:
     return rows
 
 
-def attention(bench: Bench) -> Rows:
+def attention(bench: Batched) -> Rows:
     """How much of each layer's attention the class word has, by what is drawn there: the bare base model, in diffusers.
 
     Half noised pictures of held-out figures, whose parts are known; the mean over heads and places.
@@ -159,7 +175,7 @@ def attention(bench: Bench) -> Rows:
     return rows
 
 
-def tokens(bench: Bench) -> Rows:
+def tokens(bench: Batched) -> Rows:
     rows = []
     for count in TOKENS:
         name = {1: "one_value", 16: "nested"}.get(count, f"nested_{count}_tokens")
@@ -169,12 +185,14 @@ def tokens(bench: Bench) -> Rows:
     return rows
 
 
-def views(bench: Bench) -> Rows:
+def views(bench: Batched) -> Rows:
     return [(f"{n} views", bench.measure(bench.condition("nested", views=n), 0.5)) for n in VIEWS]
 
 
-PARTS = {
-    "table": table, "frontier": frontier, "pairs": pairs, "separation": separation, "apart": apart,
-    "identity": identity, "focus": focus, "unconditional": unconditional, "tokens": tokens, "views": views,
-    "attention": attention,
+#: In diffusers, where batches are large and any encoder opens.
+BATCHED: dict[str, Callable[[Batched], Rows]] = {
+    "table": table, "frontier": frontier, "budget": budget, "pairs": pairs, "identity": identity, "focus": focus,
+    "unconditional": unconditional, "tokens": tokens, "views": views, "attention": attention,
 }  # fmt: skip
+#: In ComfyUI, through the nodes.
+NODES: dict[str, Callable[[Nodes], Rows]] = {"nodes": nodes, "separation": separation, "apart": apart}

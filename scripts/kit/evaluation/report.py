@@ -16,7 +16,7 @@ from demo import drawing, world
 from ..environment import say
 from ..paths import REPO
 from . import METHODS, TITLES
-from .bench import AXES
+from .cases import AXES
 from .parts import Rows
 
 #: What stands under a part's table, line by line.
@@ -44,11 +44,12 @@ def _page(known: dict[str, Any]) -> list[str]:
     text = [
         "# The method, measured in the small world",
         "",
-        "Made by `python scripts/evaluate.py`, from pictures sampled in ComfyUI through the nodes. Figures and looks",
-        "are held out of every training; shares are what an independent probe finds right, with 95 % intervals",
-        "over subjects. *identity*: of the six attributes that no prompt names. *alignment*: of what the prompt asks",
-        "for: class, expression, material, pose, view, what is held, scene, style. The reference differs from the",
-        "prompt in all of these but the class: *copied* is how often the picture shows what the reference has instead.",
+        "Made by `python scripts/evaluate.py`. Figures and looks are held out of every training; shares are what an",
+        "independent probe finds right, with 95 % intervals over subjects. Trained encoders are compared in diffusers;",
+        "one table shows that the nodes in ComfyUI come to the same. *identity*: of the six attributes that no prompt",
+        "names. *alignment*: of what the prompt asks for: class, expression, material, pose, view, what is held,",
+        "scene, style. The reference differs from the prompt in all of these but the class: *copied* is how often the",
+        "picture shows what the reference has instead.",
         "",
         "![Identity against alignment, what is copied, and two subjects](images/evaluation.png)",
     ]
@@ -59,7 +60,7 @@ def _page(known: dict[str, Any]) -> list[str]:
             text += ["", "What the prompt asks for, axis by axis:", "", *_markdown(("class", *AXES), entry["rows"], 2)]
             text += ["", "What is the reference's where the prompt asks for something else:", ""]
             text += _markdown(tuple(f"copied {axis}" for axis in AXES), entry["rows"], 2)
-        if part == "frontier":
+        if part in ("frontier", "budget"):
             text += ["", "At equal identity and at equal alignment, read off the lines between the strengths:", ""]
             text += _crossings(entry["rows"])
         text += _NOTES.get(part, [])
@@ -76,7 +77,8 @@ _TWO = ("own", "swapped", "neither", "alignment")
 #: Of each part's table.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "table": (*_SWEEP, *world.ATTRIBUTES, "exactly it", "exactly a trained one"),
-    "frontier": _SWEEP, "pairs": _TWO, "separation": _TWO, "apart": _TWO, "identity": _SWEEP, "focus": _SWEEP,
+    "nodes": _SWEEP, "frontier": _SWEEP, "budget": _SWEEP,
+    "pairs": _TWO, "separation": _TWO, "apart": _TWO, "identity": _SWEEP, "focus": _SWEEP,
     "unconditional": ("identity", "gain", "alignment"), "tokens": _SWEEP, "views": _SWEEP,
     "attention": (*drawing.PARTS, "background"),
 }  # fmt: skip

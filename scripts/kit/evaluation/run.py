@@ -1,14 +1,12 @@
-"""Runs parts of the evaluation in a server, and writes their report."""
+"""Runs parts of the evaluation, in diffusers or in a server, and writes their report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from demo import export, shipped
-from nested_core.checkpoint import write_encoder
-from nested_core.training import load_trained
 
 from .. import small_world
 from ..environment import say
@@ -17,41 +15,48 @@ from ..hosts import version_of
 from ..paths import STATE
 from ..server import Server
 from . import TITLES
-from .bench import Bench
-from .parts import PARTS, REGIMES, TOKENS
+from .batched import Batched
+from .nodes import Nodes
+from .parts import BATCHED, BUDGETS, NODES, REGIMES, TOKENS
 from .report import write_report
 
 WORK = STATE / "evaluation"
+KNOWN = WORK / "answers"
 
 
-def evaluate(host: Path, run: Path, identities: int, only: Sequence[str] | None) -> None:
-    """run: folder of demo/train.py, whose encoders are measured too. identities: held-out subjects. only: parts."""
+def evaluate(host: Callable[[], Path], run: Path, identities: int, only: Sequence[str] | None) -> None:
+    """host: gives a ComfyUI, for the parts that need one. run: folder of demo/train.py, whose encoders are measured.
+    identities: held-out subjects. only: parts."""
+    parts = only or list(TITLES)
+    if here := [part for part in parts if part in BATCHED]:
+        bench = Batched(trained_encoders(run), identities, KNOWN)
+        for part in here:
+            write_report(part, BATCHED[part](bench))
+    if there := [part for part in parts if part in NODES]:
+        _through_the_nodes(host(), identities, there)
+
+
+def _through_the_nodes(host: Path, identities: int, parts: Sequence[str]) -> None:
     packs = small_world.link_packs(host)
     models = WORK / "models"
     names = small_world.provide_models(models)
-    encoders = provide_encoders(run, models / "nested_attention")
-    methods = [f"{method}{regime}" for method in ("nested", "one_value", "decoupled") for regime in REGIMES]
-    seeds = [f"{name}_seed{seed}" for name in methods for seed in (1, 2)]
-    for wanted in (*methods[1:], *seeds, *(f"nested_{n}_tokens" for n in TOKENS if n not in (1, 16))):
-        if wanted not in encoders:
-            say(f"no encoder {wanted} in {run}: left out. python demo/train.py --shipped --stage {wanted}")
     server = Server(host, WORK, models=models, only=packs)
     say(f"starting ComfyUI {version_of(host)}, log in {server.log}")
     with server:
-        ours = ("NestedEncodeSubject", "NestedApplySubject", "NestedApplySubjectAdvanced", "DecoupledSubject")
+        ours = (
+            "NestedEncodeSubject", "NestedApplySubject", "NestedApplySubjectAdvanced", "NestedSeparateSubjects"
+        )  # fmt: skip
         check_nodes(server, {kind: node(kind) for kind in ours})
-        bench = Bench(server, names, encoders, identities)
-        for part in only or TITLES:
-            write_report(part, PARTS[part](bench))
+        encoders = {"nested": models / "nested_attention" / shipped.ENCODER}
+        bench = Nodes(server, names, encoders, identities, KNOWN)
+        for part in parts:
+            write_report(part, NODES[part](bench))
 
 
-def provide_encoders(run: Path, folder: Path) -> dict[str, str]:
-    """Puts the trained encoders of a run beside the shipped one. Returns file names by name, "nested" the shipped one.
-
-    The decoupled baseline is no file that Load Nested Encoder opens: here it is written as one, for the baseline node.
-    """
+def trained_encoders(run: Path) -> dict[str, Path]:
+    """The shipped encoder, as "nested", and those that a run trained on the shipped base model, by their names."""
     base = export.fingerprint(export.load_checkpoint(shipped.WEIGHTS / shipped.CHECKPOINT)[0])
-    found = {"nested": shipped.ENCODER}
+    found = {"nested": shipped.WEIGHTS / shipped.ENCODER}
     for file in sorted(run.glob("*/encoder.safetensors")):
         name = file.parent.name
         if name == "nested":
@@ -60,10 +65,16 @@ def provide_encoders(run: Path, folder: Path) -> dict[str, str]:
             say(f"{name} was trained on another base model than the shipped one: left out")
             continue
         steps = json.loads((file.parent / "config.json").read_text("utf-8"))["steps"]
-        if not (file.parent / "checkpoints" / f"step-{steps:08}").is_dir():
+        done = [json.loads(line)["step"] for line in (file.parent / "metrics.jsonl").read_text("utf-8").splitlines()]
+        if not done or done[-1] != steps:
             say(f"{name} is not trained to its end, step {steps}: left out")
             continue
-        _, encoder = load_trained(file)
-        write_encoder(folder / f"{name}.safetensors", encoder)
-        found[name] = f"{name}.safetensors"
+        found[name] = file
+    methods = [f"{method}{regime}" for method in ("nested", "one_value", "decoupled") for regime in REGIMES]
+    seeds = [f"{name}_seed{seed}" for name in methods for seed in (1, 2)]
+    short = [f"{method}{steps}" for method in ("nested", "one_value", "decoupled") for steps in BUDGETS[:-1]]
+    tokens = [f"nested_{n}_tokens" for n in TOKENS if n not in (1, 16)]
+    for wanted in (*methods[1:], *seeds, *short, *tokens):
+        if wanted not in found:
+            say(f"no encoder {wanted} in {run}: left out. python demo/train.py --shipped --stage {wanted}")
     return found
