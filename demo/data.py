@@ -17,7 +17,7 @@ from nested_core.files import whole
 from . import drawing, world
 from .world import Figure, Look
 
-PICTURES = 30_000  # of a whole training, drawn with its seed
+PICTURES = 24_000  # of a whole training, drawn with its seed
 
 
 @dataclass(frozen=True)

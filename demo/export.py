@@ -146,7 +146,7 @@ def write_checkpoint(path: Path, unet: Any, text_encoder: CLIPTextModel, codec: 
 
 def write_vision(path: Path, tower: CLIPVisionModelWithProjection) -> None:
     """Writes `vision_state_dict`. Raises ValueError as that does, and OSError."""
-    write_file(path, vision_state_dict(tower), "Small World: CLIP vision tower, 64 px")
+    write_file(path, vision_state_dict(tower), "Small World: CLIP vision tower, 96 px")
 
 
 def controlnet_state_dict(controlnet: Any) -> dict[str, Tensor]:

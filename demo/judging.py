@@ -18,24 +18,37 @@ def answers_of(entries: Sequence[data.Entry]) -> Tensor:
     return torch.tensor([[row[name] for name in models.SCORED] for row in rows])
 
 
-def portrayed(entries: Sequence[data.Entry], which: Sequence[int]) -> Tensor:
-    """Right answers to models.PORTRAIT for one figure of each picture, (N, questions)."""
-    rows = []
-    for entry, i in zip(entries, which, strict=True):
-        shown = {**vars(entry.figures[i]), **vars(entry.looks[i])}
-        values = [options.index(shown[name]) for name, options in models.OF_FIGURE.items()]
-        rows.append([world.KINDS.index(entry.figures[i].kind), *values])
-    return torch.tensor(rows)
+def portrayed(entries: Sequence[data.Entry]) -> Tensor:
+    """Right answers to models.PORTRAIT for the figures of pictures, (N, 2, questions); -1 where there is no second."""
+    rows = torch.full((len(entries), 2, len(models.PORTRAIT)), -1)
+    for row, entry in enumerate(entries):
+        for i, (figure, look) in enumerate(zip(entry.figures, entry.looks, strict=True)):
+            shown = {**vars(figure), **vars(look)}
+            values = [options.index(shown[name]) for name, options in models.OF_FIGURE.items()]
+            rows[row, i] = torch.tensor([world.KINDS.index(figure.kind), *values])
+    return rows
 
 
-def score(out: dict[str, Tensor], answers: Tensor, questions: Sequence[str]) -> tuple[Tensor, float]:
-    """Mean cross entropy over the questions, and the share of right answers."""
+def true_of(entries: Sequence[data.Entry]) -> Tensor:
+    """Which of world.all_facts are true of the figures of pictures, (N, 2, facts): 1 or 0."""
+    places = {fact: i for i, fact in enumerate(world.all_facts())}
+    truth = torch.zeros(len(entries), 2, len(places))
+    for row, entry in enumerate(entries):
+        for i, (figure, look) in enumerate(zip(entry.figures, entry.looks, strict=True)):
+            said = [*world.facts(figure, look), world.place(entry.scene), f"{entry.style} drawing"]
+            truth[row, i, [places[fact] for fact in said]] = 1
+    return truth
+
+
+def score(out: dict[str, Tensor], answers: Tensor, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy over the questions, and the share of right answers; nothing waits for the device."""
     losses, rights = [], []
     for i, name in enumerate(questions):
-        if (answers[:, i] >= 0).any():
-            losses.append(F.cross_entropy(out[name].float(), answers[:, i], ignore_index=-1))
-            rights.append(share_right(out[name].detach(), answers[:, i]))
-    return torch.stack(losses).mean(), sum(rights) / len(rights)
+        known = answers[:, i] >= 0
+        count = known.sum().clamp(min=1)
+        losses.append(F.cross_entropy(out[name].float(), answers[:, i], ignore_index=-1, reduction="sum") / count)
+        rights.append(((out[name].argmax(-1) == answers[:, i]) & known).sum() / count)
+    return torch.stack(losses).mean(), torch.stack(rights).mean()
 
 
 def share_right(logits: Tensor, answers: Tensor) -> float:

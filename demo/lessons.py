@@ -27,10 +27,10 @@ FIGURE_WEIGHT, PART_WEIGHT = 3.0, 9.0  # in a loss; the background weighs 1
 class Examples:
     """Training examples of `nested_core.training`: a drawn picture, and for each figure a reference.
 
-    The reference is one of `references`, or else a crop of the target itself, as in the paper.
+    references: uint8 (pictures, 2, S, S, 3). Crops of the pictures themselves, as in the paper, or other pictures.
     """
 
-    def __init__(self, shown: data.Pictures, latents: np.ndarray, references: np.ndarray | None) -> None:
+    def __init__(self, shown: data.Pictures, latents: np.ndarray, references: np.ndarray) -> None:
         self.shown, self.latents, self.references = shown, latents, references
 
     def __len__(self) -> int:
@@ -41,10 +41,7 @@ class Examples:
         pixels, regions = np.array(self.shown.pixels[index]), np.array(self.shown.regions[index])
         subjects, words = [], []
         for i, figure in enumerate(entry.figures):
-            if self.references is None:
-                reference = cropped(pixels, regions, i, rng.uniform(0.02, 0.14))
-            else:
-                reference = np.array(self.references[index, i])
+            reference = np.array(self.references[index, i])
             word = f"<subject{i + 1}>"
             subjects.append(ExampleSubject(word, figure.kind, [unit(reference)]))
             words.append(word)
@@ -173,12 +170,18 @@ def caption(entry: data.Entry, rng: random.Random) -> str:
     return "" if rng.random() < 0.1 else described(entry, [figure.kind for figure in entry.figures], rng)
 
 
-def roughen(pixels: Tensor, rng: random.Random) -> Tensor:
+def roughen(pixels: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) as a mediocre generator might make them: shifted, blurred, noisy, of other contrast."""
-    size, far = pixels.shape[-1], pixels.shape[-1] // 24
-    pixels = torch.roll(pixels, (rng.randint(-far, far), rng.randint(-far, far)), dims=(2, 3))
-    if rng.random() < 0.5:
-        pixels = F.interpolate(pixels, scale_factor=rng.uniform(0.5, 1.0), mode="bilinear", antialias=True)
-        pixels = F.interpolate(pixels, size=(size, size), mode="bilinear")
-    pixels = pixels * rng.uniform(0.85, 1.1) + rng.uniform(-0.08, 0.08)
-    return pixels + rng.uniform(0, 0.12) * torch.randn_like(pixels)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(len(pixels), *shape, device=pixels.device)
+
+    size = pixels.shape[-1]
+    far = size // 24
+    grid = F.affine_grid(torch.eye(2, 3, device=pixels.device).expand(len(pixels), -1, -1), list(pixels.shape))
+    shift = uniform(-far - 0.5, far + 0.5, 2).round() * (2 / size)  # by whole pixels: nothing is blurred
+    pixels = F.grid_sample(pixels, grid + shift[:, None, None], padding_mode="reflection", align_corners=False)
+    blurred = F.interpolate(F.avg_pool2d(pixels, 2), size=(size, size), mode="bilinear")
+    pixels = torch.lerp(pixels, blurred, uniform(-1, 1, 1, 1, 1).clamp(min=0))  # half of them not at all
+    pixels = pixels * uniform(0.85, 1.1, 1, 1, 1) + uniform(-0.08, 0.08, 1, 1, 1)
+    return pixels + uniform(0, 0.12, 1, 1, 1) * torch.randn_like(pixels)

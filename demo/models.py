@@ -3,7 +3,7 @@
 text encoder   CLIPTextModel, 2 layers of 128, with a CLIP tokenizer whose vocabulary is the world's words
 codec          AutoencoderTiny (TAESD), 8 x 8 pixels to 32 channels
 U-Net          UNet2DConditionModel with 7 cross-attention layers, predicting v
-vision tower   CLIPVisionModelWithProjection, 4 layers of 128, 96 px in patches of 8
+vision tower   CLIPVisionModelWithProjection, 4 layers of 128, 96 px in patches of 12
 probe          a small residual network that only scores pictures; no other model sees it
 """
 
@@ -196,7 +196,7 @@ def scheduler() -> DDIMScheduler:
 def vision_config() -> CLIPVisionConfig:
     return CLIPVisionConfig(
         hidden_size=128, intermediate_size=512, projection_dim=64, num_hidden_layers=4, num_attention_heads=4,
-        image_size=VISION_SIZE, patch_size=8, hidden_act="quick_gelu",
+        image_size=VISION_SIZE, patch_size=12, hidden_act="quick_gelu",
     )  # fmt: skip
 
 
@@ -259,11 +259,14 @@ class Matching(nn.Module):
     on the way, with the patches that it looks at. The loss is SigLIP's, a yes or no for every pair.
     """
 
+    tokens: Tensor
+
     def __init__(self, tower: CLIPVisionModelWithProjection) -> None:
         super().__init__()
         config = vision_config()
         self.tower, self.text = tower, CLIPTextModel(text_config())
-        self.tokens = tokenizer()(world.all_facts(), padding=True, return_tensors="pt").input_ids
+        tokens = tokenizer()(world.all_facts(), padding=True, return_tensors="pt").input_ids
+        self.register_buffer("tokens", tokens, persistent=False)
         self.whole = nn.Linear(CONTEXT_DIM, config.projection_dim)
         self.norm = nn.LayerNorm(config.hidden_size)
         self.query, self.value = (nn.Linear(CONTEXT_DIM, config.hidden_size) for _ in range(2))
@@ -272,7 +275,7 @@ class Matching(nn.Module):
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """pixels (B, 3, H, W) -> logits of all facts by embedding and by patches, (B, facts) each."""
         seen = self.tower(pixels, output_hidden_states=True)
-        said = self.text(self.tokens.to(pixels.device)).pooler_output
+        said = self.text(self.tokens).pooler_output
         whole = F.normalize(seen.image_embeds, dim=-1) @ F.normalize(self.whole(said), dim=-1).T
         patches = self.norm(seen.hidden_states[-2])
         looks = (self.query(said) @ patches.transpose(1, 2) / patches.shape[-1] ** 0.5).softmax(-1)  # (B, facts, N)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import random
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from nested_core.attention import VALUE_NORMS
 from nested_core.checkpoint import load_encoder, read_encoder, write_encoder
 from nested_core.encoder import NestedEncoder
 from nested_core.files import whole
@@ -38,8 +36,9 @@ from nested_core.training import (
 from nested_core.training.precision import fastest
 
 from . import data, drawing, export, models, world
-from .fit import Loss, Recipe, fit
-from .judging import answers_of, judge, portrayed, score, share_right
+from .encoders import COMPARED, ENCODER_NAME, ENCODERS
+from .fit import Draw, Loss, Recipe, fit
+from .judging import answers_of, judge, portrayed, score, share_right, true_of
 from .lessons import (
     PART_WEIGHT,
     Examples,
@@ -58,15 +57,6 @@ from .sampling import sample, to_bytes
 from .shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, PROBE, VISION, WEIGHTS
 
 HERE = Path(__file__).resolve().parent
-ENCODERS: dict[str, dict[str, Any]] = {
-    "nested": {},
-    "one_value": {"tokens": 1},
-    "decoupled": {"method": "decoupled", "value_norm": "none", "alpha": 1.0, "learn_alpha": False},
-}
-ENCODER_NAME = re.compile(
-    rf"(?P<method>{'|'.join(ENCODERS)})(?P<pairs>_pairs)?(_(?P<tokens>\d+)_tokens)?(_(?P<norm>{'|'.join(VALUE_NORMS)})_norm)?"
-    r"(_alpha(?P<alpha>\d+))?(_(?P<features>last))?(_(?P<steps>\d+)_steps)?(_seed(?P<seed>\d+))?"
-)
 SHIPPED = ("codec", "vision", "probe", "base")
 CAPTIONS = 8  # of each picture
 
@@ -83,7 +73,7 @@ class Plan:
 #: By device. A GPU is as quick with many examples as with few.
 PLANS = {
     "cpu": {
-        "codec": Plan(3000, 16, 1e-3), "base": Plan(16000, 32, 1e-3), "probe": Plan(2200, 64, 2e-3),
+        "codec": Plan(3000, 16, 1e-3), "base": Plan(16000, 32, 1e-3), "probe": Plan(3000, 32, 2e-3),
         "vision": Plan(2000, 64, 1e-3), "qformer": Plan(600, 64, 1e-3), "encoder": Plan(1600, 32, 3e-3),
         "controlnet": Plan(1000, 32, 5e-4), "lora": Plan(400, 32, 2e-3),
     },
@@ -147,6 +137,7 @@ class Run:
         stage: str,
         module: torch.nn.Module,
         loss: Loss,
+        draw: Draw,
         seed: int,
         *,
         name: str = "",
@@ -157,7 +148,7 @@ class Run:
         """Trains the module of a stage, saved under `name` or the stage's own. seed: added to the run's."""
         plan = self.plan(stage)
         made = Recipe(plan.steps, plan.rate, self.seed + seed, **recipe)
-        return fit(name or stage, self.folder, module, loss, made, log=self.log, note=note, note_every=note_every)
+        return fit(name or stage, self.folder, module, loss, draw, made, log=self.log, note=note, note_every=note_every)
 
     def count(self, pictures: int) -> int:
         return max(64, round(pictures * self.scale))
@@ -170,14 +161,26 @@ class Run:
         """Pictures of held-out figures."""
         return data.pictures(self.folder, "unseen", self.count(1000), self.seed + 1, held_out=True)
 
-    def portraits(self, shown: data.Pictures, chosen: list[int], rng: random.Random) -> tuple[Tensor, Tensor]:
-        """One figure each of chosen pictures, as the vision tower sees it (B, 3, 96, 96), and which one it is (B,)."""
+    def crops(self, shown: data.Pictures, name: str = "crops") -> np.ndarray:
+        """Squares around the figures of pictures, uint8 (N, 2, 96, 96, 3)."""
+
+        def cut(at: list[int]) -> Tensor:
+            squares = np.zeros((len(at), *shape[1:]), np.uint8)
+            for row, i in enumerate(at):
+                rng = random.Random(f"{self.seed} {name} {i}")
+                for figure in range(len(shown.entries[i].figures)):
+                    margin = rng.uniform(0.02, 0.14)
+                    squares[row, figure] = cropped(shown.pixels[i], shown.regions[i], figure, margin)
+            return torch.from_numpy(squares)
+
+        shape = (len(shown), 2, models.VISION_SIZE, models.VISION_SIZE, 3)
+        return self.made_once(f"{name}.u8", np.uint8, shape, cut)
+
+    def of_figures(self, stage: str, shown: data.Pictures, rng: random.Random) -> list[Tensor]:
+        """What a step about single figures sees: which pictures, and which figure of each, (B,) each."""
+        chosen = self.chosen(stage, rng, len(shown))
         which = [rng.randrange(len(shown.entries[i].figures)) for i in chosen]
-        squares = [
-            cropped(shown.pixels[i], shown.regions[i], figure, rng.uniform(0.02, 0.14))
-            for i, figure in zip(chosen, which, strict=True)
-        ]
-        return models.normalise(torch.from_numpy(np.stack(squares))).to(self.device), torch.tensor(which)
+        return [torch.tensor(chosen), torch.tensor(which)]
 
     def pixels(self, pictures: np.ndarray, chosen: list[int]) -> Tensor:
         """Chosen ones of uint8 (N, H, W, 3) as (B, 3, H, W) in [-1, 1]."""
@@ -199,11 +202,17 @@ class Run:
         patches = first.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 8, 8)
         models.start_codec(codec, patches[torch.randperm(len(patches))[:20_000]])
 
-        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        pictures, side = self.placed(shown.pixels), torch.arange(crop, device=self.device)
+
+        def draw(rng: random.Random) -> list[Tensor]:
             chosen = self.chosen("codec", rng, len(shown))
-            corners = [(rng.randrange(0, size - crop + 1, 8), rng.randrange(0, size - crop + 1, 8)) for _ in chosen]
-            crops = [shown.pixels[i][y : y + crop, x : x + crop] for i, (y, x) in zip(chosen, corners, strict=True)]
-            pixels = self.pixels(np.stack(crops), list(range(len(crops)))).contiguous(memory_format=torch.channels_last)
+            corners = [[rng.randrange(0, size - crop + 1, 8) for _ in chosen] for _ in range(2)]
+            return [torch.tensor(of) for of in (chosen, *corners)]
+
+        def loss(chosen: Tensor, top: Tensor, left: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            rows, columns = top[:, None, None] + side[:, None], left[:, None, None] + side
+            pixels = models.normalise(pictures[chosen[:, None, None], rows, columns])
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
             latents = codec.encode(pixels).latents.float()
             # Noise makes the latent space smooth and the decoder lenient towards what a U-Net makes.
             out = codec.decode(latents + 0.03 * torch.randn_like(latents)).sample.float()
@@ -218,7 +227,7 @@ class Run:
             error = (codec.decode(codec.encode(pixels).latents).sample - pixels).square().mean()
             return {"unseen PSNR": float(10 * torch.log10(4 / error))}
 
-        self.fit("codec", codec, loss, 0, note=note, note_every=200)
+        self.fit("codec", codec, loss, draw, 0, note=note, note_every=200)
         with torch.no_grad():
             latents = codec.encode(self.pixels(shown.pixels, list(range(min(128, len(shown)))))).latents
         codec.register_to_config(scaling_factor=round(float(1 / latents.std()), 4))
@@ -234,16 +243,16 @@ class Run:
 
         return self.made_once("latents.f16", np.float16, shape, encode)
 
-    def decoded(self, count: int = 6000) -> np.ndarray:
+    def decoded(self) -> np.ndarray:
         """The first pictures as they come out of the codec, uint8 (N, 128, 128, 3): what the probe will be shown."""
-        latents, codec = self.latents(), self.codec()
-        count = min(self.count(count), len(latents))
-        shape = (count, drawing.SIZE, drawing.SIZE, 3)
+        shown, codec = self.pictures(), self.codec()
+        count = min(self.count({"cpu": 1000, "cuda": 6000}[self.device.type]), len(shown))
 
         def decode(at: list[int]) -> Tensor:
-            return self.decode(codec, torch.from_numpy(latents[at])).permute(0, 2, 3, 1)
+            latents = codec.encode(self.pixels(shown.pixels, at)).latents
+            return to_bytes(codec.decode(latents).sample.float()).permute(0, 2, 3, 1)
 
-        return self.made_once("decoded.u8", np.uint8, shape, decode)
+        return self.made_once("decoded.u8", np.uint8, (count, drawing.SIZE, drawing.SIZE, 3), decode)
 
     def made_once(
         self, name: str, dtype: type, shape: tuple[int, ...], make: Callable[[list[int]], Tensor]
@@ -258,23 +267,22 @@ class Run:
                 del made  # flushes; an open map can't be renamed on Windows
         return np.memmap(path, dtype, "c", shape=shape)
 
-    def decode(self, codec: torch.nn.Module, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 32, h, w) -> uint8 pictures (B, 3, 8h, 8w)."""
-        return to_bytes(codec.decode(latents.float().to(self.device) / codec.config.scaling_factor).sample.float())
-
     def probe(self) -> models.Probe:
         """The judge: trained on pictures as drawn and as the codec shows them; no other model sees it."""
         if "probe" in self.shipped:
             return models.load_probe(WEIGHTS / PROBE).to(self.device)
         torch.manual_seed(self.seed + 10)
         probe, shown, decoded, unseen = models.Probe(), self.pictures(), self.decoded(), self.unseen()
-        answers, unseen_answers = answers_of(shown.entries), answers_of(unseen.entries)
+        answers, unseen_answers = answers_of(shown.entries).to(self.device), answers_of(unseen.entries)
+        pictures, again = self.placed(shown.pixels), self.placed(decoded)
 
-        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-            chosen, again = (self.chosen("probe", rng, len(of))[::2] for of in (shown, decoded))
-            pixels = torch.cat([self.pixels(shown.pixels, chosen), self.pixels(decoded, again)])
-            out = probe(roughen(pixels, rng).contiguous(memory_format=torch.channels_last))
-            value, right = score(out, answers[chosen + again].to(self.device), list(models.SCORED))
+        def draw(rng: random.Random) -> list[Tensor]:
+            return [torch.tensor(self.chosen("probe", rng, len(of))[::2]) for of in (shown, decoded)]
+
+        def loss(chosen: Tensor, coded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            pixels = roughen(models.normalise(torch.cat([pictures[chosen], again[coded]])))
+            out = probe(pixels.contiguous(memory_format=torch.channels_last))
+            value, right = score(out, answers[torch.cat([chosen, coded])], list(models.SCORED))
             return value, {"right": right}
 
         def note(step: int) -> dict[str, float]:
@@ -283,7 +291,7 @@ class Run:
             rights = {name: share_right(out[name], unseen_answers[:, i]) for i, name in enumerate(models.SCORED)}
             return {"unseen": sum(rights.values()) / len(rights), "worst": min(rights.values())}
 
-        return self.fit("probe", probe, loss, 10, note=note, note_every=500)
+        return self.fit("probe", probe, loss, draw, 10, note=note, note_every=500)
 
     def vision(self) -> torch.nn.Module:
         """The tower, trained as CLIP's are, on portraits and on phrases that are true of them; it sees everything."""
@@ -291,43 +299,30 @@ class Run:
             return export.load_vision(WEIGHTS / VISION).to(self.device)
         torch.manual_seed(self.seed + 30)
         tower, shown, unseen = models.vision_tower(), self.pictures(), self.unseen()
-        matching = models.Matching(tower)
+        crops, unseen_crops = self.placed(self.crops(shown)), self.placed(self.crops(unseen, "unseen_crops"))
+        truth, unseen_truth = true_of(shown.entries).to(self.device), true_of(unseen.entries)[:, 0].to(self.device)
+        matching = models.Matching(tower).to(self.device)
         places = {fact: i for i, fact in enumerate(world.all_facts())}
 
-        def true_of(entries: list[data.Entry], which: Tensor) -> Tensor:
-            truth = torch.zeros(len(entries), len(places))
-            for row, (entry, i) in enumerate(zip(entries, which.tolist(), strict=True)):
-                said = world.facts(entry.figures[i], entry.looks[i])
-                for fact in (*said, world.place(entry.scene), f"{entry.style} drawing"):
-                    truth[row, places[fact]] = 1
-            return truth.to(self.device)
-
-        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-            chosen = self.chosen("vision", rng, len(shown))
-            pixels, which = self.portraits(shown, chosen, rng)
-            truth = true_of([shown.entries[i] for i in chosen], which)
-            found = matching(roughen(pixels, rng))
-            parts = [F.binary_cross_entropy_with_logits(logits.float(), truth) for logits in found]
+        def loss(chosen: Tensor, which: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            found = matching(roughen(models.normalise(crops[chosen, which])))
+            parts = [F.binary_cross_entropy_with_logits(logits.float(), truth[chosen, which]) for logits in found]
             return (parts[0] + parts[1]) * 10, {"by patches": parts[1].detach() * 10}
 
         def note(step: int) -> dict[str, float]:
-            rng = random.Random(0)
-            found: list[list[Tensor]] = [[], []]
-            truths = []
-            for at in _batches(len(unseen), 100):
-                pixels, which = self.portraits(unseen, at, rng)
-                truths.append(true_of([unseen.entries[i] for i in at], which))
-                for kept, logits in zip(found, matching(pixels), strict=True):
-                    kept.append(logits)
-            truth, figures = torch.cat(truths), {}
-            for way, logits in zip(("embedding", "patches"), map(torch.cat, found), strict=True):
-                rights = {name: _chosen(logits, truth, [places[f] for f in facts]) for name, facts in _questions()}
+            parts = [matching(models.normalise(unseen_crops[at, 0])) for at in _batches(len(unseen), 100)]
+            figures = {}
+            for way, logits in zip(("embedding", "patches"), map(torch.cat, zip(*parts, strict=True)), strict=True):
+                rights = {
+                    name: _chosen(logits, unseen_truth, [places[f] for f in facts]) for name, facts in _questions()
+                }
                 figures |= {f"unseen, by {way}": sum(rights.values()) / len(rights)}
                 worst = min(rights, key=lambda name: rights[name])
                 figures[f"worst {worst}"] = rights[worst]
             return figures
 
-        self.fit("vision", matching, loss, 30, note=note, note_every=250, warmup=300)
+        draw = functools.partial(self.of_figures, "vision", shown)
+        self.fit("vision", matching, loss, draw, 30, note=note, note_every=250, warmup=300)
         return tower
 
     def base(self) -> Base:
@@ -348,14 +343,14 @@ class Run:
         base.unet.set_attn_processor(Listening())
         unet = torch.compile(base.unet) if self.compiled else base.unet
 
-        def loss(rng: random.Random) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(*drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             heard: list[Tensor] = []
 
             def predict(noisy: Tensor, times: Tensor, text: Tensor, chosen: Tensor, tokens: Tensor) -> Tensor:
                 listening = {"asked": asked_of(cells[chosen], words[chosen], tokens), "heard": heard}
                 return unet(noisy, times, text, cross_attention_kwargs=listening).sample
 
-            value, figures = self.denoising_loss("base", rng, latents, base, predict)
+            value, figures = self.denoising_loss(drawn, latents, base, predict)
             unheard = torch.stack(heard).mean()
             return value + LISTENING_WEIGHT * unheard, figures | {"unheard": unheard.detach()}
 
@@ -365,7 +360,8 @@ class Run:
             _save_sheet(self.sample(base, codec, texts, seed=0), self.folder / "samples" / f"base_{step:06}.png")
             return {}
 
-        self.fit("base", base, loss, 20, ema=0.9995, warmup=300, note=note)
+        draw = functools.partial(self.denoising, "base", len(latents))
+        self.fit("base", base, loss, draw, 20, ema=0.9995, warmup=300, note=note)
         base.unet.set_attn_processor(AttnProcessor())
         return base
 
@@ -416,30 +412,35 @@ class Run:
         """`captions` and `weighing` where they are computed with."""
         return self.placed(self.captions()), self.placed(self.weighing())
 
+    def denoising(self, stage: str, among: int, rng: random.Random) -> list[Tensor]:
+        """What a step of denoising sees: which pictures, which captions of theirs, and timesteps, (B,) each."""
+        which = self.chosen(stage, rng, among)
+        # Half of them anywhere, half around the noise at which shapes are decided.
+        times = [
+            rng.randrange(1000) if rng.random() < 0.5 else min(max(int(rng.gauss(500, 150)), 0), 999) for _ in which
+        ]
+        return [torch.tensor(of) for of in (which, [rng.randrange(CAPTIONS) for _ in which], times)]
+
+    @functools.cached_property
+    def _scheduler(self) -> Any:
+        return models.scheduler()
+
     def denoising_loss(
-        self, stage: str, rng: random.Random, latents: Tensor, base: Base,
+        self, drawn: Sequence[Tensor], latents: Tensor, base: Base,
         predict: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """The loss of some of the pictures that `latents` has, with captions of theirs.
+        """The loss of pictures that `latents` has, with captions of theirs. drawn: `denoising`.
 
         predict  (noisy latents, times, text (B, 77, 128), which pictures (B,), their captions' tokens (B, 77)) -> v
         """
-        scheduler, (captions, weighing) = models.scheduler(), self._lessons
-        which = self.chosen(stage, rng, len(latents))
-        chosen = torch.tensor(which, device=self.device)
-        said = torch.tensor([rng.randrange(CAPTIONS) for _ in which], device=self.device)
+        chosen, said, times = drawn
+        captions, weighing = self._lessons
         tokens, clean = captions[chosen, said].long(), latents[chosen].float()
         noise = torch.randn_like(clean)
-        # Half of them anywhere, half around the noise at which shapes are decided.
-        times = torch.where(
-            torch.rand(len(which)) < 0.5,
-            torch.randint(0, scheduler.config.num_train_timesteps, (len(which),)),
-            (500 + 150 * torch.randn(len(which))).long().clamp(0, 999),
-        ).to(self.device)
-        noisy = scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
+        noisy = self._scheduler.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
         text = base.text_encoder(tokens).last_hidden_state
         predicted = predict(noisy, times, text, chosen, tokens).float()
-        error = (predicted - scheduler.get_velocity(clean, noise, times)).square()
+        error = (predicted - self._scheduler.get_velocity(clean, noise, times)).square()
         weight = weighing[chosen].float()
         return (error * weight).mean() / weight.mean(), {"plain": error.detach().mean()}
 
@@ -467,9 +468,8 @@ class Run:
             ).sample
 
         self.fit(
-            "controlnet", controlnet,
-            lambda rng: self.denoising_loss("controlnet", rng, latents[:count], base, predict),
-            50, ema=0.995, note_every=250,
+            "controlnet", controlnet, lambda *drawn: self.denoising_loss(drawn, latents, base, predict),
+            functools.partial(self.denoising, "controlnet", count), 50, ema=0.995, note_every=250,
         )  # fmt: skip
         export.write_controlnet(path, controlnet)
         return path
@@ -493,9 +493,10 @@ class Run:
         trained = torch.nn.ParameterList([p for p in base.unet.parameters() if p.requires_grad])
         self.fit(
             "lora", trained,
-            lambda rng: self.denoising_loss(
-                "lora", rng, latents, base, lambda noisy, times, text, *_: base.unet(noisy, times, text).sample),
-            60, ema=0.99, warmup=20, note_every=100,
+            lambda *drawn: self.denoising_loss(
+                drawn, latents, base, lambda noisy, times, text, *_: base.unet(noisy, times, text).sample
+            ),
+            functools.partial(self.denoising, "lora", count), 60, ema=0.99, warmup=20, note_every=100,
         )  # fmt: skip
         export.write_lora(path, base.unet)
         return path
@@ -506,34 +507,33 @@ class Run:
         path = self.folder / f"{name}.safetensors"
         torch.manual_seed(self.seed + 40)
         tower, shown, unseen = self.vision(), self.pictures(), self.unseen()
+        crops, unseen_crops = self.placed(self.crops(shown)), self.placed(self.crops(unseen, "unseen_crops"))
+        truth, unseen_truth = portrayed(shown.entries).to(self.device), portrayed(unseen.entries)[:, 0]
         config = replace(models.encoder_config(), tokens=tokens, image_features=features)
         layer = -1 if features == "last" else -2
         encoder = NestedEncoder(config)
         judged = torch.nn.ModuleDict({"encoder": encoder, "reader": models.TokenReader(config.tokens)})
 
-        def read(pictures: data.Pictures, at: list[int], rng: random.Random) -> tuple[dict[str, Tensor], Tensor]:
-            pixels, which = self.portraits(pictures, at, rng)
+        def read(squares: Tensor) -> dict[str, Tensor]:
             with torch.no_grad():
-                seen = tower(pixels, output_hidden_states=True).hidden_states[layer]
-            truth = portrayed([pictures.entries[i] for i in at], which.tolist())
-            return judged["reader"](encoder.encode(seen)), truth.to(self.device)
+                seen = tower(models.normalise(squares), output_hidden_states=True).hidden_states[layer]
+            return judged["reader"](encoder.encode(seen))
 
-        def loss(rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-            told, truth = read(shown, self.chosen("qformer", rng, len(shown)), rng)
-            value, right = score(told, truth, [*models.PORTRAIT])
+        def loss(chosen: Tensor, which: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            value, right = score(read(crops[chosen, which]), truth[chosen, which], [*models.PORTRAIT])
             return value, {"right": right}
 
         def note(step: int) -> dict[str, float]:
-            parts = [read(unseen, at, random.Random(0)) for at in _batches(len(unseen), 100)]
-            answers = torch.cat([truth for _, truth in parts])
+            parts = [read(unseen_crops[at, 0]) for at in _batches(len(unseen), 100)]
             rights = [
-                share_right(torch.cat([told[name] for told, _ in parts]), answers[:, i])
+                share_right(torch.cat([told[name] for told in parts]), unseen_truth[:, i])
                 for i, name in enumerate(models.PORTRAIT)
             ]
             return {"unseen": sum(rights) / len(rights), "worst": min(rights)}
 
         if not path.is_file():
-            self.fit("qformer", judged, loss, 40, name=name, note=note, note_every=250)
+            draw = functools.partial(self.of_figures, "qformer", shown)
+            self.fit("qformer", judged, loss, draw, 40, name=name, note=note, note_every=250)
             write_encoder(path, encoder)
         return path
 
@@ -576,8 +576,8 @@ class Run:
             samples=SampleConfig(every=500, count=6, seeds=3, guidance=4.0),
         )  # fmt: skip
         shown, pairs = self.pictures(), bool(match["pairs"])
-        others = references(self.folder / "references.u8", shown, self.seed) if pairs else None
-        examples = Examples(shown, self.latents(), others)
+        path = self.folder / "references.u8"
+        examples = Examples(shown, self.latents(), references(path, shown, self.seed) if pairs else self.crops(shown))
         parts = models.base_model(base.unet, base.text_encoder, codec, tower)
         # Which base it is for: the evaluation refuses to run it on another.
         (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -588,6 +588,11 @@ class Run:
         alpha = f", alpha {read_encoder(path)[0].alpha:.3g}" if config.encoder.learn_alpha else ""
         self.log(f"{name}: {config.steps} steps, loss {said['loss']:.4f}{alpha}")
         return path
+
+    def compared(self) -> None:
+        """The encoders of COMPARED."""
+        for name in COMPARED:
+            self.encoder(name)
 
     def pipeline(self) -> None:
         """The base model as a diffusers folder and figures as a data folder: what the training's command line takes."""

@@ -52,6 +52,10 @@ def _page(known: dict[str, Any]) -> list[str]:
         "picture shows what the reference has instead.",
         "",
         "![Identity against alignment, what is copied, and two subjects](images/evaluation.png)",
+        "",
+        "One photo, five prompts, the same noise, and what each method makes of them:",
+        "",
+        "![The methods side by side](images/methods.png)",
     ]
     for part, entry in known.items():
         text += ["", f"## {TITLES[part]}", "", f"{entry['subjects']} subjects or pairs.", ""]

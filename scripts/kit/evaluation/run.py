@@ -7,18 +7,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from demo import export, shipped
+from demo.encoders import COMPARED
 
 from .. import small_world
 from ..environment import say
 from ..graphs import check_nodes, node
 from ..hosts import version_of
-from ..paths import STATE
+from ..paths import REPO, STATE
 from ..server import Server
 from . import TITLES
 from .batched import Batched
 from .nodes import Nodes
-from .parts import BATCHED, BUDGETS, NODES, REGIMES, TOKENS
+from .parts import BATCHED, NODES
 from .report import write_report
+from .sheet import write_sheet
 
 WORK = STATE / "evaluation"
 KNOWN = WORK / "answers"
@@ -32,6 +34,8 @@ def evaluate(host: Callable[[], Path], run: Path, identities: int, only: Sequenc
         bench = Batched(trained_encoders(run), identities, KNOWN)
         for part in here:
             write_report(part, BATCHED[part](bench))
+        if "table" in here:
+            write_sheet(bench, REPO / "docs" / "images" / "methods.png")
     if there := [part for part in parts if part in NODES]:
         _through_the_nodes(host(), identities, there)
 
@@ -70,11 +74,7 @@ def trained_encoders(run: Path) -> dict[str, Path]:
             say(f"{name} is not trained to its end, step {steps}: left out")
             continue
         found[name] = file
-    methods = [f"{method}{regime}" for method in ("nested", "one_value", "decoupled") for regime in REGIMES]
-    seeds = [f"{name}_seed{seed}" for name in methods for seed in (1, 2)]
-    short = [f"{method}{steps}" for method in ("nested", "one_value", "decoupled") for steps in BUDGETS[:-1]]
-    tokens = [f"nested_{n}_tokens" for n in TOKENS if n not in (1, 16)]
-    for wanted in (*methods[1:], *seeds, *short, *tokens):
+    for wanted in COMPARED:
         if wanted not in found:
             say(f"no encoder {wanted} in {run}: left out. python demo/train.py --shipped --stage {wanted}")
     return found

@@ -1,0 +1,73 @@
+"""The small world's training steps: on a GPU each is recorded as a CUDA graph, which only some losses can be."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from demo import training
+from demo.lessons import roughen
+
+#: What waits for the device, or makes a tensor on the host that would have to be copied to it.
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal.default")
+
+
+class Watched(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        plans = {stage: replace(plan, batch=4) for stage, plan in training.PLANS["cpu"].items()}
+        patch.setitem(training.PLANS, "cpu", plans)
+        patch.setitem(training.PLANS, "cuda", plans)
+        yield training.Run(tmp_path_factory.mktemp("run"), 0, 0.001)
+
+
+@pytest.mark.parametrize("stage", ["codec", "probe", "vision", "base", "qformer", "controlnet", "lora"])
+def test_a_step_waits_for_nothing(run, stage, monkeypatch):
+    steps = {}
+
+    def one_step(name, folder, module, loss, draw, recipe, **said):
+        drawn = draw(random.Random(0))
+        module.train()
+        loss(*drawn)  # makes what is made once
+        with Watched() as watched:
+            value, figures = loss(*drawn)
+        value.backward()
+        assert value.isfinite() and any(p.grad is not None for p in module.parameters())
+        assert [part.shape for part in drawn] == [part.shape for part in draw(random.Random(1))]
+        assert all(isinstance(figure, torch.Tensor) for figure in figures.values())
+        steps[name] = watched.seen
+        module.zero_grad()
+        return module.eval().requires_grad_(False)
+
+    monkeypatch.setattr(training, "fit", one_step)
+    getattr(run, stage)()
+    seen = steps[stage]
+    assert len(seen) > 10 and not [name for name in seen if any(word in name for word in WAITS)]
+
+
+def test_rough_pictures_differ_from_the_drawn_ones_by_little_and_each_in_its_own_way():
+    torch.manual_seed(0)
+    picture = torch.zeros(3, 64, 64)
+    picture[:, 20:40, 24:44] = 1
+    rough = roughen(picture.expand(32, -1, -1, -1).contiguous())
+    assert rough.shape == (32, 3, 64, 64)
+    assert (rough - picture).abs().mean() < 0.2
+    centres = [(p > 0.5).nonzero().float().mean(0) for p in rough[:, 0]]
+    assert len({tuple(c.round().tolist()) for c in centres}) > 5, "shifted"
+    assert all((c - torch.tensor([29.5, 33.5])).abs().max() < 4 for c in centres)
+    edges = rough[:, 0].diff(dim=1).abs().amax((1, 2))
+    assert edges.min() < 0.75 * edges.max(), "some blurred"
