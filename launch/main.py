@@ -66,7 +66,7 @@ def main():
     del base; torch.cuda.is_available() and torch.cuda.empty_cache()
     say("seeing", seeing.wait(), "references", references.wait())
     from demo.encoders import COMPARED
-    going = {name: part(name) for name in ("nested", "controlnet", "lora", "obedience", *COMPARED)}
+    going = {name: part(name) for name in ("nested", "controlnet", "lora", "obedience", *(COMPARED if SCALE == 1 else ("decoupled", "one_value_pairs", "nested_200_steps")))}
     exported = None
     while going:
         for name, p in list(going.items()):
