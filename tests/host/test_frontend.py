@@ -40,6 +40,9 @@ def in_a_few_steps(graph):
     for node in graph["nodes"]:
         if node["type"] == "KSampler":
             node["widgets_values"][2] = 6
+        if node["type"] == "NestedCheckEncoder":  # its finding is looked at in test_check
+            places = [entry["widget"]["name"] for entry in node["inputs"] if "widget" in entry]
+            node["widgets_values"][places.index("size")] = 64
     return graph
 
 
