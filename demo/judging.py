@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import data, models, world
+from . import data, drawing, models, world
 
 
 def answers_of(entries: Sequence[data.Entry]) -> Tensor:
@@ -38,6 +38,44 @@ def true_of(entries: Sequence[data.Entry]) -> Tensor:
             said = [*world.facts(figure, look), world.place(entry.scene), f"{entry.style} drawing"]
             truth[row, i, [places[fact] for fact in said]] = 1
     return truth
+
+
+def parts_of(regions: Tensor, side: int) -> Tensor:
+    """Maps of parts (B, H, W) -> uint8 (B, 2, parts, side * side): 1 in cells that show a part; part 0 is all of it."""
+    figures = []
+    for i in range(2):
+        own = (regions > 0) & (regions // drawing.NEXT_FIGURE == i)
+        part = regions % drawing.NEXT_FIGURE
+        shown = torch.stack([own, *(own & (part == p) for p in range(1, drawing.NEXT_FIGURE))], 1)
+        figures.append(F.adaptive_max_pool2d(shown.float(), side).flatten(2).to(torch.uint8))
+    return torch.stack(figures, 1)
+
+
+#: What of SCORED is asked of which kind of figure, and the part of it that tells.
+_ASKED = [
+    (i, world.KINDS.index(kind), drawing.PARTS.get(drawing.PART_OF.get(name, ""), 0))
+    for i, (kind, _, name) in enumerate(question.partition(".") for question in models.SCORED)
+    if kind in world.KINDS
+]
+
+
+def stray(looks: Tensor, parts: Tensor, kinds: Tensor, answers: Tensor) -> Tensor:
+    """How far from what they ask about questions look: the mean of -log of the share that is on it.
+
+    looks (B, questions, cells). parts: `parts_of` the pictures. kinds (B, 2): of figures. answers: `answers_of`.
+    """
+    losses, counts = [], []
+    for kind in range(len(world.KINDS)):
+        index = (kinds[:, 0] != kind).long()  # which of the figures it is
+        own = parts.gather(1, index[:, None, None, None].expand(-1, 1, *parts.shape[2:]))[:, 0].to(looks.dtype)
+        asked = [(question, part) for question, of, part in _ASKED if of == kind]
+        share = torch.stack([(looks[:, question] * own[:, part]).sum(-1) for question, part in asked], 1)
+        # A part that is hidden can't be looked at.
+        shown = torch.stack([own[:, part].amax(-1) * (answers[:, question] >= 0) for question, part in asked], 1)
+        shown = shown * (kinds == kind).any(1, keepdim=True)
+        losses.append(-((share + 1e-4).log() * shown).sum())
+        counts.append(shown.sum())
+    return torch.stack(losses).sum() / torch.stack(counts).sum().clamp(min=1)
 
 
 def score(out: dict[str, Tensor], answers: Tensor, questions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -130,6 +130,20 @@ def weights(regions: Tensor) -> Tensor:
     return 1.0 + (FIGURE_WEIGHT - 1) * (regions > 0) + (PART_WEIGHT - FIGURE_WEIGHT) * part
 
 
+def coarseness(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (192,) and the first 32 principal components (32, 192) of the 8 x 8 patches of pictures (B, 3, H, W)."""
+    patches = F.pixel_unshuffle(pixels, 8).permute(0, 2, 3, 1).flatten(0, 2)
+    patches = patches[torch.linspace(0, len(patches) - 1, min(len(patches), 20_000)).long()]
+    mean = patches.mean(0)
+    return mean, torch.linalg.svd(patches - mean, full_matrices=False)[2][:32]
+
+
+def coarse(pixels: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) with no more detail than the best linear codec of 32 numbers a patch leaves them."""
+    patches = F.pixel_unshuffle(pixels, 8).permute(0, 2, 3, 1) - mean
+    return F.pixel_shuffle(((patches @ basis.T) @ basis + mean).permute(0, 3, 1, 2), 8)
+
+
 def unit(pixels: np.ndarray) -> Tensor:
     """uint8 (H, W, 3) -> float in 0..1."""
     return torch.from_numpy(pixels.astype(np.float32) / 255)

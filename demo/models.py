@@ -231,6 +231,8 @@ class _Residual(nn.Module):
 class Probe(nn.Module):
     """Pictures (B, 3, 128, 128) in [-1, 1] -> logits of each of SCORED, {name: (B, choices)}."""
 
+    SIDE = drawing.SIZE // 16  # of its last grid
+
     def __init__(self, widths: tuple[int, ...] = (24, 48, 64, 96)) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, stride=2, padding=1)]
@@ -242,10 +244,15 @@ class Probe(nn.Module):
         self.heads = nn.ModuleDict({name.replace(".", "_"): nn.Linear(widths[-1], n) for name, n in SCORED.items()})
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        return self.seen(pixels)[0]
+
+    def seen(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The logits, and where each question looked: shares of the cells of the last grid, (B, questions, cells)."""
         grid = self.trunk(pixels)
-        weights = self.look(grid).flatten(2).float().softmax(-1).to(grid.dtype)
-        seen = weights @ grid.flatten(2).transpose(1, 2)
-        return {name: self.heads[name.replace(".", "_")](seen[:, i]) for i, name in enumerate(SCORED)}
+        looks = self.look(grid).flatten(2).float().softmax(-1)
+        seen = looks.to(grid.dtype) @ grid.flatten(2).transpose(1, 2)
+        out = {name: self.heads[name.replace(".", "_")](seen[:, i]) for i, name in enumerate(SCORED)}
+        return out, looks
 
 
 PORTRAIT: dict[str, int] = {"kind": 2, **{name: len(values) for name, values in OF_FIGURE.items()}}

@@ -38,12 +38,14 @@ from nested_core.training.precision import fastest
 from . import data, drawing, export, models, world
 from .encoders import COMPARED, ENCODER_NAME, ENCODERS
 from .fit import Draw, Loss, Recipe, fit
-from .judging import answers_of, judge, portrayed, score, share_right, true_of
+from .judging import answers_of, judge, parts_of, portrayed, score, share_right, stray, true_of
 from .lessons import (
     PART_WEIGHT,
     Examples,
     at_night,
     caption,
+    coarse,
+    coarseness,
     cropped,
     described,
     edges,
@@ -53,7 +55,7 @@ from .lessons import (
 )
 from .listening import SIDES, Listening, asked_of, cells_of, class_words
 from .listening import WEIGHT as LISTENING_WEIGHT
-from .sampling import sample, to_bytes
+from .sampling import sample
 from .shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, PROBE, VISION, WEIGHTS
 
 HERE = Path(__file__).resolve().parent
@@ -243,17 +245,6 @@ class Run:
 
         return self.made_once("latents.f16", np.float16, shape, encode)
 
-    def decoded(self) -> np.ndarray:
-        """The first pictures as they come out of the codec, uint8 (N, 128, 128, 3): what the probe will be shown."""
-        shown, codec = self.pictures(), self.codec()
-        count = min(self.count({"cpu": 1000, "cuda": 6000}[self.device.type]), len(shown))
-
-        def decode(at: list[int]) -> Tensor:
-            latents = codec.encode(self.pixels(shown.pixels, at)).latents
-            return to_bytes(codec.decode(latents).sample.float()).permute(0, 2, 3, 1)
-
-        return self.made_once("decoded.u8", np.uint8, (count, drawing.SIZE, drawing.SIZE, 3), decode)
-
     def made_once(
         self, name: str, dtype: type, shape: tuple[int, ...], make: Callable[[list[int]], Tensor]
     ) -> np.ndarray:
@@ -268,22 +259,34 @@ class Run:
         return np.memmap(path, dtype, "c", shape=shape)
 
     def probe(self) -> models.Probe:
-        """The judge: trained on pictures as drawn and as the codec shows them; no other model sees it."""
+        """The judge: trained on pictures as drawn and with less detail; no other model sees it.
+
+        It is told where to look for what, or a belly's sign, one fiftieth of a picture, is found late.
+        """
         if "probe" in self.shipped:
             return models.load_probe(WEIGHTS / PROBE).to(self.device)
         torch.manual_seed(self.seed + 10)
-        probe, shown, decoded, unseen = models.Probe(), self.pictures(), self.decoded(), self.unseen()
+        probe, shown, unseen = models.Probe(), self.pictures(), self.unseen()
         answers, unseen_answers = answers_of(shown.entries).to(self.device), answers_of(unseen.entries)
-        pictures, again = self.placed(shown.pixels), self.placed(decoded)
+        pictures, parts = self.placed(shown.pixels), self.placed(self.parts())
+        first = self.pixels(shown.pixels, list(range(min(200, len(shown)))))
+        mean, basis = coarseness(first)
+        kinds = torch.tensor([
+            [world.KINDS.index(f.kind) for f in (*e.figures, e.figures[0])][:2] for e in shown.entries
+        ], device=self.device)  # fmt: skip
 
         def draw(rng: random.Random) -> list[Tensor]:
-            return [torch.tensor(self.chosen("probe", rng, len(of))[::2]) for of in (shown, decoded)]
+            return [torch.tensor(self.chosen("probe", rng, len(shown)))]
 
-        def loss(chosen: Tensor, coded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            pixels = roughen(models.normalise(torch.cat([pictures[chosen], again[coded]])))
-            out = probe(pixels.contiguous(memory_format=torch.channels_last))
-            value, right = score(out, answers[torch.cat([chosen, coded])], list(models.SCORED))
-            return value, {"right": right}
+        def loss(chosen: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            pixels = models.normalise(pictures[chosen])
+            detail = torch.rand(len(chosen), 1, 1, 1, device=self.device) * 2
+            pixels = torch.lerp(coarse(pixels, mean, basis), pixels, detail.clamp(max=1))  # half of them as drawn
+            out, looks = probe.seen(roughen(pixels).contiguous(memory_format=torch.channels_last))
+            asked = answers[chosen]
+            value, right = score(out, asked, list(models.SCORED))
+            astray = stray(looks, parts[chosen], kinds[chosen], asked)
+            return value + 0.1 * astray, {"right": right, "astray": astray.detach()}
 
         def note(step: int) -> dict[str, float]:
             parts = [probe(self.pixels(unseen.pixels, at)) for at in _batches(len(unseen), 50)]
@@ -402,6 +405,11 @@ class Run:
         return self.made_once(
             "weights.f16", np.float16, shape, lambda at: F.avg_pool2d(weights(self.regions(at))[:, None], 8)
         )
+
+    def parts(self) -> np.ndarray:
+        """Where parts of figures are on the probe's grid, uint8 (N, 2, parts, cells): 1 or 0; part 0 is all of it."""
+        shape = (self.count(data.PICTURES), 2, drawing.NEXT_FIGURE, models.Probe.SIDE**2)
+        return self.made_once("parts.u8", np.uint8, shape, lambda at: parts_of(self.regions(at), models.Probe.SIDE))
 
     def regions(self, chosen: list[int]) -> Tensor:
         """Maps of parts of chosen ones of `pictures`, (B, H, W)."""
