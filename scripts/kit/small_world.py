@@ -133,18 +133,18 @@ _WORDS = {"person": "robot", "woman": "creature", "man": "robot"}
 _PROMPTS = {
     "a photo of <person> in a garden, soft light": "a smiling plush <person> waving in the forest, flat drawing",
     "a photo of <anna> on the left and <ben> on the right, in a garden, soft light":
-        "a smiling <anna> waving and a angry <ben> standing in the snow, comic drawing",
+        "a smiling <anna> waving and an angry <ben> standing in the snow, comic drawing",
     "a photo of <person> reading in a library": "a surprised <person> sitting in the room, watercolour drawing",
     "a photo of <anna> on a boat, morning light": "a <anna> in the sea, flat drawing",
     "a charcoal drawing of <anna> at a piano": "a sad <anna> sitting in the room, pencil drawing",
     "a photo of <anna> on the left and <ben> on the right, on a bench in a park":
-        "a <anna> and a <ben> in the beach, flat drawing",
+        "a <anna> and a <ben> on the beach, flat drawing",
     "a photo of <person> waving, city street at dusk":
         "a smiling <person> waving facing left in the city, comic drawing",
     "a photo of <person>, detailed face": "a <person> in the desert, flat drawing",
     "a photo of <anna> in a red coat on the left and <ben> on the right, in a garden, soft light":
         "a <anna> and a <ben> in the snow, crayon drawing",
-    "an oil painting of <person> in the mountains": "a wooden <person> dancing in the space, watercolour drawing",
+    "an oil painting of <person> in the mountains": "a wooden <person> dancing in space, watercolour drawing",
     "bad anatomy, monochrome, lowres, worst quality, low quality": "",
 }  # fmt: skip
 _SMALLER = 1024 // SIZE
