@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from demo import training
-from demo.lessons import roughen
+from demo import data, drawing, models, training, world
+from demo.judging import answers_of, parts_of, stray
+from demo.lessons import coarse, coarseness, roughen
 
 #: What waits for the device, or makes a tensor on the host that would have to be copied to it.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal.default")
@@ -71,3 +72,44 @@ def test_rough_pictures_differ_from_the_drawn_ones_by_little_and_each_in_its_own
     assert all((c - torch.tensor([29.5, 33.5])).abs().max() < 4 for c in centres)
     edges = rough[:, 0].diff(dim=1).abs().amax((1, 2))
     assert edges.min() < 0.75 * edges.max(), "some blurred"
+
+
+def test_coarse_pictures_keep_what_32_numbers_a_patch_can_say():
+    torch.manual_seed(0)
+    pictures = torch.nn.functional.interpolate(torch.randn(20, 3, 16, 16), size=(32, 32), mode="bicubic")
+    mean, basis = coarseness(pictures)
+    once = coarse(pictures, mean, basis)
+    assert 0.001 < (once - pictures).square().mean() / pictures.square().mean() < 0.3
+    torch.testing.assert_close(coarse(once, mean, basis), once, atol=1e-4, rtol=1e-4)
+
+
+def test_the_probe_is_told_to_look_at_what_is_asked_about():
+    rng = random.Random(4)
+    entry = data.Entry(
+        [world.random_figure(rng, "creature"), world.random_figure(rng, "robot")],
+        [world.Look("sad", "metal", "standing", "front", held) for held in ("flag", "nothing")],
+        "city", "flat",
+    )  # fmt: skip
+    regions = torch.from_numpy(data.draw(entry, rng).regions)[None]
+    parts, kinds = parts_of(regions, 8), torch.tensor([[1, 0]])
+    assert parts.shape == (1, 2, drawing.NEXT_FIGURE, 64) and parts.dtype == torch.uint8
+    left, right = parts[0, :, 0].view(2, 8, 8).float().mean(1).argmax(-1).tolist()
+    assert left < 4 <= right, "from left to right, as in the entry"
+    assert (parts[0, :, 1:] <= parts[0, :, :1]).all() and parts[0, 1, drawing.PARTS["held"]].sum() == 0
+
+    answers = answers_of([entry])
+    looks = torch.zeros(1, len(models.SCORED), 64)
+    for i, question in enumerate(models.SCORED):
+        kind, _, name = question.partition(".")
+        figure = {"creature": 0, "robot": 1}.get(kind, 0)
+        part = drawing.PARTS.get(drawing.PART_OF.get(name, ""), 0)
+        shown = parts[0, figure, part].float()
+        looks[0, i] = shown / shown.sum().clamp(min=1)
+    assert stray(looks, parts, kinds, answers) < 0.01
+    belly = [*models.SCORED].index("robot.belly")
+    looks[0, belly] = parts[0, 0, drawing.PARTS["belly"]] / parts[0, 0, drawing.PARTS["belly"]].sum()
+    assert stray(looks, parts, kinds, answers) > 0.2, "the other one's"
+    alone = parts.clone()
+    alone[:, 1] = 0
+    only = torch.where(torch.tensor([q.startswith("robot") for q in models.SCORED]), -1, answers)
+    assert stray(looks, alone, torch.tensor([[1, 1]]), only) < 0.01, "who is not there can't be looked at"
