@@ -1,5 +1,5 @@
 """Everything, in the order of what is needed; each part's result is kept small under /root/pack as soon as it is there."""
-import os, subprocess, sys, time
+import os, shutil, subprocess, sys, time
 from pathlib import Path
 ROOT = Path(os.environ.get("W", "/root/w")); HOME = ROOT.parent
 T0 = time.time(); SCALE = float(os.environ.get("SCALE", 1)); LOG = HOME / "log"; PACK = HOME / "pack"
@@ -15,7 +15,11 @@ def make_run():
     import torch
     torch.backends.cudnn.benchmark = True
     from demo.training import Run
-    return Run(ROOT / "demo" / "run", 0, SCALE)
+    run = Run(ROOT / "demo" / "run", 0, SCALE, frozenset({"vision", "probe"}))  # made before, on a CPU
+    run.weights = ROOT / "demo" / "weights"
+    for made in (ROOT / "launch" / "made").glob("qformer*.safetensors"):
+        if not (run.folder / made.name).is_file(): shutil.copyfile(made, run.folder / made.name)
+    return run
 def keep(name, module):
     from safetensors.torch import save_file
     save_file({k: v.detach().cpu().half().contiguous().clone() for k, v in module.state_dict().items()}, PACK / f"{name}.safetensors")
@@ -26,7 +30,6 @@ def one(name, args):
     elif name == "references":
         from demo import lessons
         lessons.references(run.folder / "references.u8", run.pictures(), run.seed)
-    elif name == "seeing": keep("vision", run.vision()); run.qformer(16); run.qformer(1); run.qformer(4); keep("probe", run.probe())
     elif name == "evaluate": evaluate(*args)
     elif hasattr(run, name): getattr(run, name)()
     else: run.encoder(name)
@@ -61,10 +64,9 @@ def main():
     run.latents(); say("latents")
     say("arrays", arrays.wait(), "crops", crops.wait())
     references = part("references", nice=15)
-    run.decoded(); seeing = part("seeing", nice=2)
     base = run.base(); keep("base", base); say("base")
     del base; torch.cuda.is_available() and torch.cuda.empty_cache()
-    say("seeing", seeing.wait(), "references", references.wait())
+    say("references", references.wait())
     from demo.encoders import COMPARED
     going = {name: part(name) for name in ("nested", "controlnet", "lora", "obedience", *(COMPARED if SCALE == 1 else ("decoupled", "one_value_pairs", "nested_200_steps")))}
     exported = None
