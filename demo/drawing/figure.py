@@ -174,22 +174,23 @@ def _draw_material(canvas: Canvas, shown: _Shown, rng: random.Random, behind: Im
         canvas.within(part, behind, 0.38)
     marked = canvas.copy()
     over = pen.on(marked)
-    if material == "wooden":
-        for row, y in enumerate(range(16, 104, 6)):
-            waves = [(x, y + 1.3 * math.sin(x / 6 + row * 1.7)) for x in range(-50, 51, 4)]
-            over.line(waves, 1.5, mix(colour, (70, 40, 20), 0.55))
-        for x, y in ((-15, 27), (14, 45), (-12, 76), (15, 61)):
-            over.line(ellipse(x, y, 3, 2.2), 1.3, mix(colour, (70, 40, 20), 0.7))
+    if material == "wooden":  # planks, each with a knot
+        wood = mix(colour, (70, 40, 20), 0.62)
+        for row, y in enumerate(range(9, 106, 11)):
+            waves = [(x, y + 1.2 * math.sin(x / 7 + row * 1.7)) for x in range(-50, 51, 4)]
+            over.line(waves, 2.8, wood)
+        for x, y in ((-19, 25.5), (19, 47.5), (-20, 69.5), (20, 80.5)):
+            over.line(ellipse(x, y, 3.4, 2.2), 1.8, wood)
     elif material == "metal":
         for x in range(-70, 60, 19):
             over.line([(x, 0), (x + 60, 104)], 5.5, mix(colour, (255, 255, 255), 0.72))
             over.line([(x + 6, 0), (x + 66, 104)], 1.6, mix(colour, (255, 255, 255), 0.72))
     elif material == "plush":
-        for row, y in enumerate(range(14, 106, 5)):
-            for x in range(-52, 53, 5):
-                px, py = x + 2.5 * (row % 2) + rng.uniform(-0.7, 0.7), y + rng.uniform(-0.7, 0.7)
-                shade = mix(colour, INK, 0.42) if (row + x // 5) % 2 else mix(colour, (255, 255, 255), 0.5)
-                over.line([(px, py), (px + 0.5, py - 2.6)], 1.4, shade)
+        for row, y in enumerate(range(12, 108, 8)):
+            for column, x in enumerate(range(-56, 57, 9)):
+                px, py = x + 4.5 * (row % 2) + rng.uniform(-0.8, 0.8), y + rng.uniform(-0.8, 0.8)
+                shade = mix(colour, INK, 0.5) if (row + column) % 2 else mix(colour, (255, 255, 255), 0.65)
+                over.line([(px - 1.2, py - 1.6), (px, py + 1.6), (px + 1.2, py - 1.6)], 1.9, shade)
     else:  # glass: reflections
         for x, y, length in ((-17, 60, 12), (-17, 22, 10), (13, 70, 9), (14, 38, 9)):
             for shift in (0, 4):

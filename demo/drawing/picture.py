@@ -17,7 +17,7 @@ from .figure import draw_figure
 from .scene import draw_scene
 from .style import finish
 
-VERSION = 2
+VERSION = 3
 """Of the drawing: another one makes other pictures."""
 #: The part of the region map in which an attribute or an axis of a look is seen.
 PART_OF = {
