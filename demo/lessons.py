@@ -192,7 +192,7 @@ def roughen(pixels: Tensor) -> Tensor:
 
     size = pixels.shape[-1]
     far = size // 24
-    grid = F.affine_grid(torch.eye(2, 3, device=pixels.device).expand(len(pixels), -1, -1), list(pixels.shape))
+    grid = F.affine_grid(torch.eye(2, 3, device=pixels.device).expand(len(pixels), -1, -1), list(pixels.shape), False)
     shift = uniform(-far - 0.5, far + 0.5, 2).round() * (2 / size)  # by whole pixels: nothing is blurred
     pixels = F.grid_sample(pixels, grid + shift[:, None, None], padding_mode="reflection", align_corners=False)
     blurred = F.interpolate(F.avg_pool2d(pixels, 2), size=(size, size), mode="bilinear")
