@@ -54,6 +54,7 @@ _ENDS = {
 _CONTROLNET_NAME = re.compile(
     r"(controlnet_(?:down_blocks|mid_block|cond_embedding\.(?:conv_in|conv_out|blocks)))(?:\.(\d+))?\.(weight|bias)"
 )
+_CODEC_NAME = re.compile(r"(encoder|decoder)\.(?:(conv_in|norm_out|conv_out)|(?:down|up)_blocks\.(\d+)\.(\d+))\.(.+)")
 _UNET_NAME = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
@@ -86,15 +87,25 @@ def _original(name: str, layers: int) -> str:
 
 
 def codec_names(names: Iterable[str]) -> dict[str, str]:
-    """{diffusers' name: original name} of the weights of an AutoencoderTiny."""
-    found = {}
+    """{diffusers' name: name in `comfyui/codec.py`} of the weights of the codec: its layers, numbered as they run.
+
+    Raises ValueError where a name is none of an AutoencoderDC without attention.
+    """
+    found: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for name in names:
-        side, layers, number, rest = name.split(".", 3)
-        if side not in ("encoder", "decoder") or layers != "layers":
-            raise ValueError(f"{name} is no weight of an AutoencoderTiny.")
-        # The original decoder lists the clamp of the latents as its first layer; diffusers does it outside.
-        found[name] = f"taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"
-    return found
+        match = _CODEC_NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name} is no weight of an AutoencoderDC without attention.")
+        side, end, level, number, rest = match.groups()
+        place = {"conv_in": (-1,), "norm_out": (1,), "conv_out": (2,)}.get(end)
+        found[name] = side, place or (0, int(level) if side == "encoder" else -int(level), int(number)), rest
+    layers = {side: sorted({place for of, place, _ in found.values() if of == side}) for side in ("encoder", "decoder")}
+
+    def numbered(side: str, place: tuple[int, ...]) -> int:
+        # The decoder's first layer is where a TAESD clamps its latents; between its last two is an activation.
+        return layers[side].index(place) + (side == "decoder") * (1 + (place == (2,)))
+
+    return {name: f"taesd_{side}.{numbered(side, place)}.{rest}" for name, (side, place, rest) in found.items()}
 
 
 def text_names(names: Iterable[str]) -> dict[str, str]:

@@ -19,8 +19,8 @@ from . import data, drawing, models, world
 
 WANTED, ELSEWHERE = 0.15, 0.05
 WEIGHT = 0.05
-SIDES = (models.LATENT_SIZE, models.LATENT_SIZE // 2)
-"""Of the grids of the U-Net's attention."""
+SIDES = (models.LATENT_SIZE, models.LATENT_SIZE // 2, models.LATENT_SIZE // 4)
+"""Of the grids of the U-Net's attention, for pictures of the whole size and of half of it."""
 
 
 class Listening:

@@ -1,7 +1,7 @@
 """The small world's models: classes of diffusers and transformers that ComfyUI has counterparts of, made small.
 
 text encoder   CLIPTextModel, 2 layers of 128, with a CLIP tokenizer whose vocabulary is the world's words
-codec          AutoencoderTiny (TAESD), 8 x 8 pixels to 32 channels
+codec          AutoencoderDC, 8 x 8 pixels to 48 channels
 U-Net          UNet2DConditionModel with 7 cross-attention layers, predicting v
 vision tower   CLIPVisionModelWithProjection, 4 layers of 128, 96 px in patches of 12
 probe          a small residual network that only scores pictures; no other model sees it
@@ -10,7 +10,6 @@ probe          a small residual network that only scores pictures; no other mode
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
+from diffusers import AutoencoderDC, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_dc import ResBlock
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -35,7 +34,7 @@ from nested_core.training import BaseModel, EncoderSettings, VisionTower
 
 from . import FAMILY, data, drawing, world
 
-LATENT_CHANNELS = 32
+LATENT_CHANNELS = 48
 LATENT_SIZE = drawing.SIZE // 8
 CONTEXT_DIM = 128
 TEXT_LENGTH = 77
@@ -104,76 +103,112 @@ def text_encoder() -> CLIPTextModel:
 # --- codec, U-Net, vision tower ---------------------------------------------------------------------------------------
 
 
-def codec() -> AutoencoderTiny:
-    """Its `scaling_factor` brings latents to unit variance; set when it is trained."""
-    return AutoencoderTiny(latent_channels=LATENT_CHANNELS, scaling_factor=1.0)
+def codec() -> AutoencoderDC:
+    """Its `scaling_factor` brings latents to unit variance; set when it is trained.
+
+    Pixels are folded into channels and out of them again (space to depth), so that few convolutions run at full size.
+    """
+    widths, layers, nothing = (32, 32, 64, 128), (0, 1, 1, 2), ((), (), (), ())
+    return AutoencoderDC(
+        latent_channels=LATENT_CHANNELS, scaling_factor=1.0, encoder_out_shortcut=False, decoder_in_shortcut=False,
+        encoder_block_out_channels=widths, encoder_layers_per_block=layers, encoder_qkv_multiscales=nothing,
+        decoder_block_out_channels=widths, decoder_layers_per_block=layers, decoder_qkv_multiscales=nothing,
+    )  # fmt: skip
 
 
 @torch.no_grad()
-def start_codec(codec: Any, patches: Tensor) -> None:
-    """Starts a codec as the best linear one, from 8 x 8 patches (N, 3, 8, 8) of pictures in [0, 1].
+def start_codec(codec: Any, pixels: Tensor) -> None:
+    """Starts a codec as the best linear one of 8 x 8 patches of pictures (N, 3, H, W) in [-1, 1].
 
-    The encoder's strided convolutions take pixels apart (space to depth), the last of them projects on the patches'
-    principal components; the decoder begins with each patch's mean colour. Residual blocks begin as identities. All
-    other channels keep their random weights. From here training is about detail, not about finding colours.
+    From here training is about what is seldom, not about finding colours. Residual blocks begin as identities.
     """
-    encoder, decoder = codec.encoder.layers, codec.decoder.layers
-    for module in codec.modules():
-        if isinstance(module, AutoencoderTinyBlock):
-            module.conv[-1].weight.zero_()
-            module.conv[-1].bias.zero_()
-    enter, *strided, leave = [layer for layer in encoder if isinstance(layer, nn.Conv2d)]
-    _pass(enter, 3)
-    for conv, channels in zip(strided[:2], (3, 12), strict=True):
-        conv.weight[: 4 * channels] = 0
-        for c, dy, dx in itertools.product(range(channels), (0, 1), (0, 1)):
-            conv.weight[4 * c + 2 * dy + dx, c, 1 + dy, 1 + dx] = 1
-    # Patches in the order in which the two convolutions and the four taps of the third list them.
-    n = len(patches)
-    flat = patches.reshape(n, 3, 2, 2, 2, 2, 2, 2).permute(0, 1, 4, 7, 3, 6, 2, 5).reshape(n, 192)
-    _, sizes, basis = torch.linalg.svd(flat, full_matrices=False)
-    basis = basis[:LATENT_CHANNELS]
+    encoder: Any = codec.encoder
+    decoder: Any = codec.decoder
+    blocks: list[Any] = [block for block in codec.modules() if isinstance(block, ResBlock)]
+    for block in blocks:
+        block.norm.weight.zero_()
+    halves = F.pixel_unshuffle(F.pixel_unshuffle(pixels, 2), 2)  # 4 x 4 pixels as 48 channels
+    patches, quarters = _rows(F.pixel_unshuffle(halves, 2)), _rows(halves)
+    mean, spread, basis = _components(patches, LATENT_CHANNELS)
     # Between raw components (details would drown) and equal ones (noise would count like the picture).
-    spread = (flat @ basis.T).std(0)
     factor = (spread / spread.max()).sqrt() / spread
-    third = strided[2]
-    assert leave.bias is not None
-    third.weight[: 2 * LATENT_CHANNELS] = 0
-    for (m, sign), (dy, dx) in itertools.product(
-        itertools.product(range(LATENT_CHANNELS), (1, -1)), itertools.product((0, 1), (0, 1))
-    ):
-        taps = basis[m].reshape(48, 4)[:, 2 * dy + dx]
-        third.weight[m + (0 if sign > 0 else LATENT_CHANNELS), :48, 1 + dy, 1 + dx] = sign * taps
-    leave.weight.mul_(0.1)
-    leave.bias.copy_(-factor * (flat @ basis.T).mean(0))
-    for m in range(LATENT_CHANNELS):
-        leave.weight[m, m, 1, 1], leave.weight[m, m + LATENT_CHANNELS, 1, 1] = factor[m], -factor[m]
 
-    latents = (flat @ basis.T) * factor + leave.bias
-    means = patches.mean((2, 3))
-    known = torch.cat([latents, torch.ones(n, 1)], 1)
-    colour = torch.linalg.lstsq(known, means).solution  # (C + 1, 3)
-    enter, *middle, leave = [layer for layer in decoder if isinstance(layer, nn.Conv2d)]
-    assert enter.bias is not None
-    signed = (enter.out_channels - 8) // 2  # the first components; some channels are left to learn
-    kept = 3 + 2 * signed
-    enter.weight[:kept], enter.bias[:kept] = 0, 0
-    enter.weight[:3, :, 1, 1], enter.bias[:3] = colour[:-1].T, colour[-1]
-    for m in range(signed):
-        enter.weight[3 + m, m, 1, 1], enter.weight[3 + signed + m, m, 1, 1] = 1, -1
-    for conv in middle:
-        _pass(conv, kept)
-    leave.weight.mul_(0.1)
-    _pass(leave, 3)
+    first, second = encoder.down_blocks[1][-1], encoder.down_blocks[2][-1]
+    _pass(encoder.conv_in.conv, 3)
+    _pass(first.conv, 12)
+    seen = first(encoder.down_blocks[1][:-1](encoder.conv_in(pixels)))
+    # A block's shortcut adds means of its channels; what the pixels were is solved for.
+    pick = _solve(_rows(seen), quarters) @ _components(quarters, second.conv.out_channels)[2]
+    _set(second.conv, pick)
+    seen = encoder.down_blocks[3](encoder.down_blocks[2](seen))
+    _set(encoder.conv_out, _solve(_rows(seen), (patches - mean) @ basis * factor))
+
+    eye = torch.eye(2 * LATENT_CHANNELS)[:, :LATENT_CHANNELS]
+    decoder.conv_in.weight.mul_(0.5)  # of the channels that are left to learn
+    decoder.conv_in.weight[:LATENT_CHANNELS] = 0
+    decoder.conv_in.weight[:LATENT_CHANNELS, :, 1, 1] = eye[:LATENT_CHANNELS]
+    decoder.conv_in.bias.zero_()
+    _fold_out(decoder.up_blocks[2][0], basis / factor, mean)
+    # The last norm divides by the length of all channels: one that is constant and large makes it nearly linear. What
+    # follows takes only what is positive, so each pixel goes with its negative.
+    signed = torch.cat([torch.eye(12), -torch.eye(12)])
+    signed = signed[:, None].expand(-1, 4, -1).reshape(24 * 4, 12)
+    places = torch.arange(12 * 4).reshape(12, 4).repeat(2, 1).reshape(-1)  # channel c, phase p -> 4 c + p
+    rows = torch.zeros(24 * 4, 48)
+    rows[torch.arange(24 * 4), places] = signed.sum(1)
+    large = 16.0
+    _fold_out(decoder.up_blocks[1][0], torch.cat([rows, torch.zeros(4, 48)]),
+              torch.cat([torch.zeros(24 * 4), torch.full((4,), large)]))  # fmt: skip
+    length = (large**2 + 2 * quarters.square().sum(1).mean() / 4) / decoder.norm_out.weight.numel()
+    decoder.norm_out.weight.fill_(length.sqrt())
+    leave = decoder.conv_out.conv
+    leave.weight.zero_()
+    leave.bias.zero_()
+    for c in range(12):
+        leave.weight[c, c, 1, 1], leave.weight[c, 12 + c, 1, 1] = 1, -1
+
+
+def _rows(grid: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B * H * W, C)."""
+    return grid.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _components(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, spread along the first principal components, and these as columns."""
+    mean = rows.mean(0)
+    _, sizes, basis = torch.linalg.svd((rows - mean).T @ (rows - mean) / len(rows))
+    return mean, sizes[:count].sqrt(), basis[:count].T
+
+
+def _solve(rows: Tensor, wanted: Tensor) -> Tensor:
+    """The best linear map, its last row is the constant: rows (N, C), wanted (N, D) -> (C + 1, D)."""
+    return torch.linalg.lstsq(torch.cat([rows, torch.ones(len(rows), 1)], 1), wanted).solution
+
+
+def _set(conv: nn.Conv2d, solved: Tensor) -> None:
+    """Makes a convolution the linear map of `_solve`."""
+    assert conv.bias is not None
+    conv.weight.zero_()
+    conv.weight[:, :, 1, 1], conv.bias[:] = solved[:-1].T, solved[-1]
+
+
+def _fold_out(block: Any, rows: Tensor, constant: Tensor) -> None:
+    """Makes a block that doubles a grid give, before channels become pixels, a linear map of its first channels."""
+    conv = block.conv
+    conv.weight.zero_()
+    conv.bias.zero_()
+    for made in range(conv.out_channels):
+        conv.weight[made, made // block.repeats, 1, 1] -= 1  # what its shortcut adds
+    conv.weight[: len(rows), : rows.shape[1], 1, 1] += rows
+    conv.bias[: len(constant)] = constant
 
 
 def _pass(conv: nn.Conv2d, channels: int) -> None:
     """Makes a convolution hand its first channels on as they are."""
-    conv.weight[:channels] = 0
+    assert conv.bias is not None
+    conv.weight[:channels], conv.bias[:channels] = 0, 0
     for c in range(channels):
         conv.weight[c, c, 1, 1] = 1
-    if conv.bias is not None:
-        conv.bias[:channels] = 0
 
 
 def unet() -> UNet2DConditionModel:

@@ -75,12 +75,13 @@ class Plan:
 #: By device. A GPU is as quick with many examples as with few.
 PLANS = {
     "cpu": {
-        "codec": Plan(3000, 16, 1e-3), "base": Plan(16000, 32, 1e-3), "probe": Plan(3000, 32, 2e-3),
-        "vision": Plan(2000, 64, 1e-3), "qformer": Plan(600, 64, 1e-3), "encoder": Plan(1600, 32, 3e-3),
-        "controlnet": Plan(1000, 32, 5e-4), "lora": Plan(400, 32, 2e-3),
+        "codec": Plan(4500, 16, 1.5e-3), "half": Plan(5000, 32, 1e-3), "base": Plan(9000, 32, 1e-3),
+        "probe": Plan(3000, 32, 2e-3), "vision": Plan(2000, 64, 1e-3), "qformer": Plan(600, 64, 1e-3),
+        "encoder": Plan(1600, 32, 3e-3), "controlnet": Plan(1000, 32, 5e-4), "lora": Plan(400, 32, 2e-3),
     },
     "cuda": {
-        "codec": Plan(5000, 64, 1e-3), "base": Plan(7000, 256, 1.5e-3), "probe": Plan(4000, 64, 2e-3),
+        "codec": Plan(5000, 64, 1e-3), "half": Plan(3000, 256, 1.5e-3), "base": Plan(7000, 256, 1.5e-3),
+        "probe": Plan(4000, 64, 2e-3),
         "vision": Plan(4000, 64, 1e-3), "qformer": Plan(1000, 64, 1e-3), "encoder": Plan(800, 64, 3e-3),
         "controlnet": Plan(1000, 64, 5e-4), "lora": Plan(400, 64, 2e-3),
     },
@@ -200,9 +201,7 @@ class Run:
         torch.manual_seed(self.seed)
         codec, shown, unseen = models.codec(), self.pictures(), self.unseen()
         crop, size = 64, drawing.SIZE
-        first = self.pixels(shown.pixels, list(range(min(200, len(shown))))).cpu() / 2 + 0.5
-        patches = first.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 8, 8)
-        models.start_codec(codec, patches[torch.randperm(len(patches))[:20_000]])
+        models.start_codec(codec, self.pixels(shown.pixels, list(range(min(200, len(shown))))).cpu())
 
         pictures, side = self.placed(shown.pixels), torch.arange(crop, device=self.device)
 
@@ -215,35 +214,38 @@ class Run:
             rows, columns = top[:, None, None] + side[:, None], left[:, None, None] + side
             pixels = models.normalise(pictures[chosen[:, None, None], rows, columns])
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-            latents = codec.encode(pixels).latents.float()
+            latents = codec.encode(pixels).latent.float()
             # Noise makes the latent space smooth and the decoder lenient towards what a U-Net makes.
             out = codec.decode(latents + 0.03 * torch.randn_like(latents)).sample.float()
             error = out - pixels
             edges = F.l1_loss(out.diff(dim=2), pixels.diff(dim=2)) + F.l1_loss(out.diff(dim=3), pixels.diff(dim=3))
             size_of = latents.square().mean()
-            value = error.abs().mean() + error.square().mean() + edges + 0.001 * size_of
+            value = error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + 0.001 * size_of
             return value, {"mse": error.detach().square().mean(), "latent": size_of.detach()}
 
         def note(step: int) -> dict[str, float]:
             pixels = self.pixels(unseen.pixels, list(range(min(32, len(unseen)))))
-            error = (codec.decode(codec.encode(pixels).latents).sample - pixels).square().mean()
+            error = (codec.decode(codec.encode(pixels).latent).sample - pixels).square().mean()
             return {"unseen PSNR": float(10 * torch.log10(4 / error))}
 
         self.fit("codec", codec, loss, draw, 0, note=note, note_every=200)
         with torch.no_grad():
-            latents = codec.encode(self.pixels(shown.pixels, list(range(min(128, len(shown)))))).latents
+            latents = codec.encode(self.pixels(shown.pixels, list(range(min(128, len(shown)))))).latent
         codec.register_to_config(scaling_factor=round(float(1 / latents.std()), 4))
         return codec
 
-    def latents(self) -> np.ndarray:
-        """Scaled latents of `pictures`, (N, 32, 16, 16) float16, encoded once."""
+    def latents(self, half: bool = False) -> np.ndarray:
+        """Scaled latents of `pictures`, (N, 48, 16, 16) float16, encoded once. half: of pictures of half the size."""
         shown, codec = self.pictures(), self.codec()
-        shape = (len(shown), models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
+        side = models.LATENT_SIZE // (1 + half)
 
         def encode(at: list[int]) -> Tensor:
-            return codec.encode(self.pixels(shown.pixels, at)).latents.float() * codec.config.scaling_factor
+            pixels = self.pixels(shown.pixels, at)
+            pixels = F.avg_pool2d(pixels, 2) if half else pixels
+            return codec.encode(pixels).latent.float() * codec.config.scaling_factor
 
-        return self.made_once("latents.f16", np.float16, shape, encode)
+        name, shape = "latents_half.f16" if half else "latents.f16", (len(shown), models.LATENT_CHANNELS, side, side)
+        return self.made_once(name, np.float16, shape, encode)
 
     def made_once(
         self, name: str, dtype: type, shape: tuple[int, ...], make: Callable[[list[int]], Tensor]
@@ -341,9 +343,18 @@ class Run:
             base.text_encoder.set_attn_implementation("eager")
         if "base" in self.shipped:
             return base.eval().requires_grad_(False)
-        shown, latents, codec = self.pictures(), self.placed(self.latents()), self.codec()
-        cells, words = self.placed(self.cells()), class_words(shown.entries).to(self.device)
         base.unet.set_attn_processor(Listening())
+        if not self.warm:
+            self._learn("half", base)
+        self._learn("base", base)
+        base.unet.set_attn_processor(AttnProcessor())
+        return base
+
+    def _learn(self, stage: str, base: Base) -> None:
+        """Denoising with captions, and listening. half: on pictures of half the size, a quarter of the work a step."""
+        shown, latents, codec = self.pictures(), self.placed(self.latents(stage == "half")), self.codec()
+        cells, words = self.placed(self.cells()), class_words(shown.entries).to(self.device)
+        base.requires_grad_(True)
         unet = torch.compile(base.unet) if self.compiled else base.unet
 
         def loss(*drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -360,13 +371,12 @@ class Run:
         def note(step: int) -> dict[str, float]:
             rng = random.Random(0)
             texts = [data.plain_prompt(data.random_entry(rng, i % 3 // 2 + 1)) for i in range(32)]
-            _save_sheet(self.sample(base, codec, texts, seed=0), self.folder / "samples" / f"base_{step:06}.png")
+            pictures = self.sample(base, codec, texts, 0, latents.shape[-1])
+            _save_sheet(pictures, self.folder / "samples" / f"{stage}_{step:06}.png")
             return {}
 
-        draw = functools.partial(self.denoising, "base", len(latents))
-        self.fit("base", base, loss, draw, 20, ema=0.9995, warmup=300, note=note)
-        base.unet.set_attn_processor(AttnProcessor())
-        return base
+        draw = functools.partial(self.denoising, stage, len(latents))
+        self.fit(stage, base, loss, draw, 20, ema=0.9995, warmup=300, note=note)
 
     def obedience(self) -> None:
         """Logs how often the base model's pictures show what their prompts say, for looks held out and not."""
@@ -449,7 +459,7 @@ class Run:
         text = base.text_encoder(tokens).last_hidden_state
         predicted = predict(noisy, times, text, chosen, tokens).float()
         error = (predicted - self._scheduler.get_velocity(clean, noise, times)).square()
-        weight = weighing[chosen].float()
+        weight = F.adaptive_avg_pool2d(weighing[chosen].float(), clean.shape[-1])
         return (error * weight).mean() / weight.mean(), {"plain": error.detach().mean()}
 
     def controlnet(self) -> Path:
@@ -493,7 +503,7 @@ class Run:
         shape = (count, models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
         latents = self.placed(self.made_once(
             "night_latents.f16", np.float16, shape,
-            lambda at: codec.encode(at_night(self.pixels(shown.pixels, at))).latents.float()
+            lambda at: codec.encode(at_night(self.pixels(shown.pixels, at))).latent.float()
             * codec.config.scaling_factor,
         ))  # fmt: skip
         targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
@@ -634,9 +644,11 @@ class Run:
         self.log(f"export: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB")
 
     @torch.no_grad()
-    def sample(self, base: Base, codec: torch.nn.Module, texts: list[str], seed: int) -> Tensor:
-        """uint8 pictures (B, 3, 128, 128) for prompts."""
-        shape = (len(texts), models.LATENT_CHANNELS, models.LATENT_SIZE, models.LATENT_SIZE)
+    def sample(
+        self, base: Base, codec: torch.nn.Module, texts: list[str], seed: int, side: int = models.LATENT_SIZE
+    ) -> Tensor:
+        """uint8 pictures (B, 3, 8 * side, 8 * side) for prompts."""
+        shape = (len(texts), models.LATENT_CHANNELS, side, side)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         with self.autocast():
             return sample(base.unet, codec, base.read([*texts, *([""] * len(texts))]), noise)

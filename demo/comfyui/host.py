@@ -1,6 +1,7 @@
 """The small world's models in ComfyUI's terms, and how its loaders recognise them.
 
-Every module is ComfyUI's own class; only sizes, the tokenizer's files and the vocabulary are the small world's.
+Every module but the codec's (`codec.py`) is ComfyUI's own class; only sizes, the tokenizer's files and the vocabulary
+are the small world's.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import comfy.model_base
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import comfy.taesd.taesd
 import comfy.utils
 import torch
 from torch import Tensor
+
+from .codec import CHANNELS, Taesd
 
 # `resolve` follows the link from custom_nodes to where the tokenizer is.
 _HERE = Path(__file__).resolve().parent
@@ -82,7 +86,7 @@ class SmallWorldClip(comfy.sd1_clip.SD1ClipModel):
 class SmallWorldLatent(comfy.latent_formats.LatentFormat):
     """Latents need no scaling between codec and U-Net: the codec's own weights say it."""
 
-    latent_channels = 32
+    latent_channels = CHANNELS
 
 
 class SmallWorld(comfy.supported_models_base.BASE):
@@ -91,7 +95,7 @@ class SmallWorld(comfy.supported_models_base.BASE):
     unet_config = {
         "context_dim": _WIDTH,
         "model_channels": 64,
-        "in_channels": 32,
+        "in_channels": CHANNELS,
         "channel_mult": [1, 2],
         "num_res_blocks": [1, 1],
         "use_linear_in_transformer": True,
@@ -172,3 +176,5 @@ def register() -> None:
     load = comfy.clip_vision.load_clipvision_from_sd
     if not getattr(load, "knows_small_world", False):
         comfy.clip_vision.load_clipvision_from_sd = _with_our_tower(load)
+    if comfy.taesd.taesd.TAESD.__name__ != Taesd.__name__:
+        comfy.taesd.taesd.TAESD = Taesd

@@ -179,8 +179,8 @@ def _draw_material(canvas: Canvas, shown: _Shown, rng: random.Random, behind: Im
         for row, y in enumerate(range(9, 106, 11)):
             waves = [(x, y + 1.2 * math.sin(x / 7 + row * 1.7)) for x in range(-50, 51, 4)]
             over.line(waves, 2.8, wood)
-        for x, y in ((-19, 25.5), (19, 47.5), (-20, 69.5), (20, 80.5)):
-            over.line(ellipse(x, y, 3.4, 2.2), 1.8, wood)
+        for x, knot in ((-19, 25.5), (19, 47.5), (-20, 69.5), (20, 80.5)):
+            over.line(ellipse(x, knot, 3.4, 2.2), 1.8, wood)
     elif material == "metal":
         for x in range(-70, 60, 19):
             over.line([(x, 0), (x + 60, 104)], 5.5, mix(colour, (255, 255, 255), 0.72))

@@ -235,14 +235,17 @@ def test_stock_loaders_make_the_hosts_own_classes(world):
     assert type(world.model.model) is comfy.model_base.BaseModel
     assert type(world.model.model.diffusion_model) is UNetModel
     assert type(world.clip) is comfy.sd.CLIP
-    assert type(world.vae.first_stage_model) is comfy.taesd.taesd.TAESD
+    assert type(world.vae.first_stage_model).__name__ == "Codec"  # the one module that the host has not
     assert type(world.clip_vision) is comfy.clip_vision.ClipVisionModel
 
 
 def test_registering_twice_is_harmless_and_other_towers_stay_the_hosts(world):
-    before = list(comfy.supported_models.models), comfy.clip_vision.load_clipvision_from_sd
+    def known():
+        return list(comfy.supported_models.models), comfy.clip_vision.load_clipvision_from_sd, comfy.taesd.taesd.TAESD
+
+    before = known()
     assert asyncio.run(host_nodes.load_custom_node(str(DEMO / "comfyui")))
-    assert (comfy.supported_models.models, comfy.clip_vision.load_clipvision_from_sd) == before
+    assert known() == before
     assert sum(m.__name__ == "SmallWorld" for m in comfy.supported_models.models) == 1
     fewer = {k: v for k, v in world.tower.state_dict().items() if ".layers.3." not in k}
     assert comfy.clip_vision.load_clipvision_from_sd(fewer) is None
@@ -250,6 +253,14 @@ def test_registering_twice_is_harmless_and_other_towers_stay_the_hosts(world):
         comfy.clip_vision.load_clipvision_from_sd(
             {k: v for k, v in world.tower.state_dict().items() if "post_layernorm" not in k}
         )
+
+
+def test_a_taesd_of_other_channels_stays_the_hosts(world):
+    theirs = comfy.taesd.taesd.TAESD(latent_channels=16)
+    vae = comfy.sd.VAE(sd={k: v.clone() for k, v in theirs.state_dict().items()})
+    assert isinstance(vae.first_stage_model, comfy.taesd.taesd.TAESD) and vae.latent_channels == 16
+    picture = torch.rand(1, 64, 64, 3)
+    assert torch.equal(vae.encode(picture), theirs.encode(picture.permute(0, 3, 1, 2) * 2 - 1))
 
 
 def test_the_hosts_configurations_are_the_models():
@@ -284,13 +295,13 @@ def test_vision_features_equal_transformers(world, pictures):
 
 def test_codec_equals_diffusers(world, pictures):
     """Latents too, with diffusers' scaling: they are what both U-Nets see."""
-    expected = world.codec.encode(pictures.permute(0, 3, 1, 2) * 2 - 1).latents * SCALING
+    expected = world.codec.encode(pictures.permute(0, 3, 1, 2) * 2 - 1).latent * SCALING
     got = world.vae.encode(pictures)
-    assert got.shape == (2, 16, 16, 16)
+    assert got.shape == (2, models.LATENT_CHANNELS, 16, 16)
     assert psnr(got, expected, float(expected.max() - expected.min())) > 60
     assert torch.equal(world.model.model.process_latent_in(got), got)
 
-    latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(2, models.LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0))
     decoded = (world.codec.decode(latents / SCALING).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     assert decoded.std() > 1e-3
     assert psnr(world.vae.decode(latents), decoded, 1.0) > 60
