@@ -15,7 +15,8 @@ def make_run():
     import torch
     torch.backends.cudnn.benchmark = True
     from demo.training import Run
-    run = Run(ROOT / "demo" / "run", 0, SCALE, frozenset({"vision", "probe"}))  # made before, on a CPU
+    # Made before, on CPUs: launch/begin.py has written the checkpoint that codec and base begin with.
+    run = Run(ROOT / "demo" / "run", 0, SCALE, frozenset({"vision", "probe", "codec"}), warm=True)
     run.weights = ROOT / "demo" / "weights"
     for made in (ROOT / "launch" / "made").glob("qformer*.safetensors"):
         if not (run.folder / made.name).is_file(): shutil.copyfile(made, run.folder / made.name)
@@ -57,10 +58,11 @@ def evaluate(k, n, *parts):
     R.evaluate(None, ROOT / "demo" / "run", 48 if SCALE == 1 else 2, list(parts))
 def main():
     import torch
+    sys.path[:0] = [str(ROOT / "launch")]
+    import begin; begin.begin()
     run = make_run(); say("imported")
     run.pictures(); run.unseen(); say("drawn")
     arrays, crops = part("arrays", nice=2), part("crops", nice=2)
-    codec = run.codec(); keep("codec", codec); (PACK / "scale.txt").write_text(str(codec.config.scaling_factor)); say("codec", codec.config.scaling_factor)
     run.latents(); say("latents")
     say("arrays", arrays.wait(), "crops", crops.wait())
     references = part("references", nice=15)
