@@ -3,7 +3,8 @@
     checkpoint   U-Net, text encoder and codec in one file in the names that ComfyUI and the original Stable Diffusion
                  use; with `demo/comfyui` among its custom nodes, ComfyUI's own checkpoint loader opens it
     vision       the vision tower in transformers' names, for ComfyUI's own CLIP vision loader
-    pipeline     a folder for `StableDiffusionPipeline.from_pretrained`, with the vision tower in `image_encoder`
+    pipeline     a folder for `StableDiffusionPipeline.from_pretrained`, with the vision tower in `image_encoder`; the
+                 pipeline makes latents (`output_type="latent"`), its `vae` pictures of them
 
 Weights are kept in fp16. A latent is the same numbers in ComfyUI's sampler, in diffusers' pipeline and in training: the
 codec's own, times its `scaling_factor`.

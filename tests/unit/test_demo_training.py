@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -113,3 +114,18 @@ def test_the_probe_is_told_to_look_at_what_is_asked_about():
     alone[:, 1] = 0
     only = torch.where(torch.tensor([q.startswith("robot") for q in models.SCORED]), -1, answers)
     assert stray(looks, alone, torch.tensor([[1, 1]]), only) < 0.01, "who is not there can't be looked at"
+
+
+def test_a_codec_begins_as_the_best_linear_one():
+    """Of 8 x 8 patches: what it leaves is what principal components leave."""
+    torch.manual_seed(0)
+    rng = random.Random(6)
+    drawn = [data.draw(data.random_entry(rng), rng).image for _ in range(24)]
+    pixels = models.normalise(torch.stack([torch.from_numpy(np.array(image)) for image in drawn]))
+    codec = models.codec()
+    models.start_codec(codec, pixels)
+    with torch.no_grad():
+        left = (codec.decode(codec.encode(pixels).latent).sample - pixels).square().mean()
+    patches = torch.nn.functional.pixel_unshuffle(pixels, 8).permute(0, 2, 3, 1).reshape(-1, 192)
+    least = torch.linalg.svdvals(patches - patches.mean(0))[models.LATENT_CHANNELS :].square().sum() / patches.numel()
+    assert least < left < 2 * least
