@@ -160,7 +160,7 @@ def attention(bench: Batched) -> Rows:
     unet.set_attn_processor({**unet.attn_processors, **watching})
     with torch.no_grad():
         pixels = models.normalise(torch.from_numpy(np.stack([np.asarray(picture.image) for picture in drawn])))
-        latents = codec.encode(pixels).latents * codec.config.scaling_factor
+        latents = codec.encode(pixels).latent * codec.config.scaling_factor
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
         times = torch.full((len(cases),), 500)
         unet(scheduler.add_noise(latents, noise, times), times, text_encoder(ids).last_hidden_state)
