@@ -152,7 +152,7 @@ def vision_state_dict(tower: CLIPVisionModelWithProjection) -> dict[str, Tensor]
 
 def write_checkpoint(path: Path, unet: Any, text_encoder: CLIPTextModel, codec: Any) -> None:
     """Writes `checkpoint_state_dict`. Raises ValueError as that does, and OSError."""
-    said = {"scaling_factor": str(codec.config.scaling_factor), "prediction_type": "v_prediction"}
+    said = {"scaling_factor": str(codec.config.scaling_factor), "prediction_type": "sample"}
     write_file(path, checkpoint_state_dict(unet, text_encoder, codec), "Small World: U-Net, text encoder, codec", said)
 
 
@@ -249,7 +249,6 @@ def load_checkpoint(path: Path) -> tuple[Any, CLIPTextModel, Any]:
     Raises ValueError naming the weights when the file is not one of the small world.
     """
     state = load_file(path)
-    state.pop("v_pred", None)  # an empty mark that ComfyUI puts into what it saves
     text_encoder = models.text_encoder()
     unet: Any = models.unet()
     codec: Any = models.codec()

@@ -2,7 +2,7 @@
 
 text encoder   CLIPTextModel, 2 layers of 128, with a CLIP tokenizer whose vocabulary is the world's words
 codec          AutoencoderDC, 8 x 8 pixels to 48 channels
-U-Net          UNet2DConditionModel with 7 cross-attention layers, predicting v
+U-Net          UNet2DConditionModel with 7 cross-attention layers, predicting the picture
 vision tower   CLIPVisionModelWithProjection, 4 layers of 128, 96 px in patches of 12
 probe          a small residual network that only scores pictures; no other model sees it
 """
@@ -223,9 +223,9 @@ def unet() -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, with v-prediction."""
+    """Stable Diffusion's noise schedule, for a U-Net that predicts the picture."""
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="sample",
         clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
     )  # fmt: skip
 

@@ -29,10 +29,8 @@ def sample(unet: Any, codec: Any, text: Tensor, noise: Tensor, steps: int = 20, 
     for sigma, following in itertools.pairwise(sigmas.tolist()):
         scale = (1 + sigma**2) ** -0.5
         time = (known - torch.tensor(sigma).log()).abs().argmin().to(x.device)
-        v = unet((x * scale).repeat(2, 1, 1, 1), time, text).sample.float()
-        positive, negative = v.chunk(2)
-        v = negative + cfg * (positive - negative)
-        clean = x * scale**2 - v * sigma * scale
+        positive, negative = unet((x * scale).repeat(2, 1, 1, 1), time, text).sample.float().chunk(2)
+        clean = negative + cfg * (positive - negative)
         x = x + (x - clean) / sigma * (following - sigma)
     return to_bytes(codec.decode(x / codec.config.scaling_factor).sample.float())
 

@@ -15,6 +15,7 @@ import comfy.clip_model
 import comfy.clip_vision
 import comfy.latent_formats
 import comfy.model_base
+import comfy.model_sampling
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
@@ -89,8 +90,12 @@ class SmallWorldLatent(comfy.latent_formats.LatentFormat):
     latent_channels = CHANNELS
 
 
+class _Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.X0):
+    """The picture is what the U-Net predicts: noise of 48 channels would take all that its 64 can hold."""
+
+
 class SmallWorld(comfy.supported_models_base.BASE):
-    """A U-Net of the Stable Diffusion kind with two levels, heads of 32 channels, and v-prediction."""
+    """A U-Net of the Stable Diffusion kind with two levels and heads of 32 channels."""
 
     unet_config = {
         "context_dim": _WIDTH,
@@ -108,7 +113,12 @@ class SmallWorld(comfy.supported_models_base.BASE):
     nested_attention_family = json.loads((_HERE.parent / "family.json").read_text("utf-8"))
 
     def model_type(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> comfy.model_base.ModelType:
-        return comfy.model_base.ModelType.V_PREDICTION
+        return comfy.model_base.ModelType.EPS  # there is no type for it: `get_model` sets it right
+
+    def get_model(self, state_dict: Mapping[str, Tensor], prefix: str = "", device: Any = None) -> Any:
+        model = super().get_model(state_dict, prefix, device)
+        model.model_sampling = _Sampling(self)
+        return model
 
     def inpaint_model(self) -> bool:
         return False  # its latents have more than four channels, which ComfyUI takes for an inpainting model's

@@ -16,6 +16,7 @@ from ..images import prepare
 from ..training.base import BaseModel
 from ..training.examples import Collate, Example, ExampleSubject
 from ..training.frozen import FrozenEncoders
+from ..training.objective import picture_of
 from .keys import Kinship, kinship
 from .search import noise_of
 from .settings import Settings
@@ -31,7 +32,8 @@ class DiffusersBench:
     caption: has PLACEHOLDER once. size: side of the squares that are denoised, in pixels. All on `device`; the U-Net in
     its own type.
 
-    Raises NestedAttentionError: encoder and base model don't fit; a caption without the placeholder.
+    Raises NestedAttentionError: encoder and base model don't fit; a caption without the placeholder; a scheduler of an
+    unknown prediction type.
     """
 
     def __init__(
@@ -95,11 +97,7 @@ class DiffusersBench:
                 encoder_hidden_states=self.states.expand(len(photos), -1, -1),
                 added_cond_kwargs=self._added("eos" if settings is None else settings.pooled, len(photos)),
             ).sample.float()
-        kept = float(scheduler.alphas_cumprod[time]) ** 0.5
-        spoilt = (1 - kept**2) ** 0.5
-        of_velocity = scheduler.config.prediction_type == "v_prediction"
-        estimate = kept * noisy - spoilt * out if of_velocity else (noisy - spoilt * out) / kept
-        return (estimate - clean).square().mean((1, 2, 3)).tolist()
+        return (picture_of(scheduler, noisy, out, time) - clean).square().mean((1, 2, 3)).tolist()
 
     def _subject(self, settings: Settings, shown: Sequence[int]) -> BoundSubject:
         return BoundSubject(

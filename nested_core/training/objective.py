@@ -64,7 +64,27 @@ def target_of(scheduler: Any, latents: Tensor, noise: Tensor, times: Tensor) -> 
         return scheduler.get_velocity(latents, noise, times)
     if kind == "sample":
         return latents
-    raise NestedAttentionError(
+    raise _unknown(kind)
+
+
+def picture_of(scheduler: Any, noisy: Tensor, out: Tensor, times: Tensor) -> Tensor:
+    """The latents (B, C, H, W) that the U-Net takes noisy ones for, by its prediction: what `target_of` came from.
+
+    Raises NestedAttentionError for another prediction type.
+    """
+    kept = scheduler.alphas_cumprod.to(noisy)[times.to(noisy.device)].view(-1, 1, 1, 1)
+    kind = scheduler.config["prediction_type"]
+    if kind == "epsilon":
+        return (noisy - (1 - kept).sqrt() * out) / kept.sqrt()
+    if kind == "v_prediction":
+        return kept.sqrt() * noisy - (1 - kept).sqrt() * out
+    if kind == "sample":
+        return out
+    raise _unknown(kind)
+
+
+def _unknown(kind: str) -> NestedAttentionError:
+    return NestedAttentionError(
         f'The base model\'s scheduler predicts "{kind}"; expected epsilon, v_prediction or sample.'
     )
 

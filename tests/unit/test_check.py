@@ -7,10 +7,12 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from demo import checking, export, models
@@ -319,6 +321,31 @@ def test_an_encoder_of_another_base_model_is_called_that() -> None:
     found, said = told(turned)
     assert not works(found) and settled(found) == {}
     assert "it was made for another base model" in said
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_loss_is_of_the_picture_whatever_the_unet_predicts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its U-Net predicts what is exactly right, so that nothing is left."""
+    bench = checking.bench(checking.silent()[0], FEW)
+    scheduler = bench.base.scheduler
+    monkeypatch.setattr(scheduler, "_internal_dict", FrozenDict({**scheduler.config, "prediction_type": kind}))
+
+    def right(module: torch.nn.Module, given: tuple[torch.Tensor, torch.Tensor], out: Any) -> Any:
+        noisy, time = given
+        clean, kept = bench.latents, scheduler.alphas_cumprod[time]
+        noise = (noisy - kept.sqrt() * clean) / (1 - kept).sqrt()
+        velocity = scheduler.get_velocity(clean, noise, time)
+        out.sample = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[kind]
+        return out
+
+    hook = bench.base.unet.register_forward_hook(right)
+    try:
+        assert max(bench.losses(None, range(len(FEW)), 0.4)) < 1e-8
+        monkeypatch.setattr(scheduler, "_internal_dict", FrozenDict({**scheduler.config, "prediction_type": "flow"}))
+        with pytest.raises(NestedAttentionError, match='predicts "flow"; expected epsilon, v_prediction or sample'):
+            list(bench.losses(None, range(len(FEW)), 0.4))
+    finally:
+        hook.remove()
 
 
 def test_a_random_encoder_is_called_untrained() -> None:
