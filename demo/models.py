@@ -109,7 +109,7 @@ def codec() -> AutoencoderDC:
     Pixels are folded into channels and out of them again (space to depth), so that few convolutions run at full size.
     """
     widths, layers, nothing = (32, 32, 64, 128), (0, 1, 1, 2), ((), (), (), ())
-    made = AutoencoderDC(
+    made: Any = AutoencoderDC(
         latent_channels=LATENT_CHANNELS, scaling_factor=1.0, encoder_out_shortcut=False, decoder_in_shortcut=False,
         encoder_block_out_channels=widths, encoder_layers_per_block=layers, encoder_qkv_multiscales=nothing,
         decoder_block_out_channels=widths, decoder_layers_per_block=layers, decoder_qkv_multiscales=nothing,

@@ -454,7 +454,7 @@ class Run:
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The loss of pictures that `latents` has, with captions of theirs. drawn: `denoising`.
 
-        predict  (noisy latents, times, text (B, 77, 128), which pictures (B,), their captions' tokens (B, 77)) -> latents
+        predict  (noisy latents, times, text (B, 77, 128), which pictures (B,), captions' tokens (B, 77)) -> latents
         """
         chosen, said, times = drawn
         captions, weighing = self._lessons
