@@ -24,9 +24,10 @@ def keep(run, stage):
     save_file(out, MADE / "base.safetensors", {"stage": stage, "step": str(state["step"])})
     print(stage, state["step"])
 def begin():
-    base, packed = Base(), load_file(MADE / "base.safetensors")
+    torch.manual_seed(20)
+    base, packed = Base(), load_file(MADE / "base.safetensors") if (MADE / "base.safetensors").is_file() else {}
     with torch.no_grad():
-        for name, weight in base.named_parameters():
+        for name, weight in base.named_parameters() if packed else ():
             found = packed[name].float()
             if packed[name].dtype == torch.int8: found = found * packed[f"{name} scale"].float().view(-1, *[1] * (found.ndim - 1))
             weight.copy_(found)
