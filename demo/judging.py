@@ -51,28 +51,40 @@ def parts_of(regions: Tensor, side: int) -> Tensor:
     return torch.stack(figures, 1)
 
 
-#: What of SCORED is asked of which kind of figure, and the part of it that tells.
-_ASKED = [
-    (i, world.KINDS.index(kind), drawing.PARTS.get(drawing.PART_OF.get(name, ""), 0))
-    for i, (kind, _, name) in enumerate(question.partition(".") for question in models.SCORED)
+#: What of SCORED is asked of which kind of figure, the part of it that tells, and among how many choices.
+ASKED = [
+    (i, world.KINDS.index(kind), drawing.PARTS.get(drawing.PART_OF.get(name, ""), 0), choices)
+    for i, (question, choices) in enumerate(models.SCORED.items())
+    for kind, _, name in [question.partition(".")]
     if kind in world.KINDS
 ]
+
+
+def kinds_of(entries: Sequence[data.Entry]) -> Tensor:
+    """The kinds of pictures' figures from left to right, (N, 2); a picture's only one twice."""
+    rows = [[world.KINDS.index(figure.kind) for figure in entry.figures] for entry in entries]
+    return torch.tensor([[*row, row[0]][:2] for row in rows])
+
+
+def parts_of_kind(parts: Tensor, kinds: Tensor, kind: int) -> Tensor:
+    """`parts_of` the figure of that kind, (B, parts, cells), nothing where there is none. kinds: `kinds_of`."""
+    index = (kinds[:, 0] != kind).long()  # which of the figures it is
+    own = parts.gather(1, index[:, None, None, None].expand(-1, 1, *parts.shape[2:]))[:, 0]
+    return own * (kinds == kind).any(1)[:, None, None]
 
 
 def stray(looks: Tensor, parts: Tensor, kinds: Tensor, answers: Tensor) -> Tensor:
     """How far from what they ask about questions look: the mean of -log of the share that is on it.
 
-    looks (B, questions, cells). parts: `parts_of` the pictures. kinds (B, 2): of figures. answers: `answers_of`.
+    looks (B, questions, cells). parts: `parts_of` the pictures. kinds: `kinds_of`. answers: `answers_of`.
     """
     losses, counts = [], []
     for kind in range(len(world.KINDS)):
-        index = (kinds[:, 0] != kind).long()  # which of the figures it is
-        own = parts.gather(1, index[:, None, None, None].expand(-1, 1, *parts.shape[2:]))[:, 0].to(looks.dtype)
-        asked = [(question, part) for question, of, part in _ASKED if of == kind]
+        own = parts_of_kind(parts, kinds, kind).to(looks.dtype)
+        asked = [(question, part) for question, of, part, _ in ASKED if of == kind]
         share = torch.stack([(looks[:, question] * own[:, part]).sum(-1) for question, part in asked], 1)
         # A part that is hidden can't be looked at.
         shown = torch.stack([own[:, part].amax(-1) * (answers[:, question] >= 0) for question, part in asked], 1)
-        shown = shown * (kinds == kind).any(1, keepdim=True)
         losses.append(-((share + 1e-4).log() * shown).sum())
         counts.append(shown.sum())
     return torch.stack(losses).sum() / torch.stack(counts).sum().clamp(min=1)

@@ -38,7 +38,7 @@ from nested_core.training.precision import fastest
 from . import data, drawing, export, models, world
 from .encoders import COMPARED, ENCODER_NAME, ENCODERS
 from .fit import Draw, Loss, Recipe, fit
-from .judging import answers_of, judge, parts_of, portrayed, score, share_right, stray, true_of
+from .judging import answers_of, judge, kinds_of, parts_of, portrayed, score, share_right, stray, true_of
 from .lessons import (
     PART_WEIGHT,
     Examples,
@@ -57,6 +57,8 @@ from .listening import SIDES, Listening, asked_of, cells_of, class_words
 from .listening import WEIGHT as LISTENING_WEIGHT
 from .sampling import sample
 from .shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, PROBE, VISION, WEIGHTS
+from .telling import WEIGHT as TELLING_WEIGHT
+from .telling import Telling
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = ("codec", "vision", "probe", "base")
@@ -270,12 +272,10 @@ class Run:
         torch.manual_seed(self.seed + 10)
         probe, shown, unseen = models.Probe(), self.pictures(), self.unseen()
         answers, unseen_answers = answers_of(shown.entries).to(self.device), answers_of(unseen.entries)
-        pictures, parts = self.placed(shown.pixels), self.placed(self.parts())
+        pictures, parts = self.placed(shown.pixels), self.placed(self.parts(models.Probe.SIDE))
         first = self.pixels(shown.pixels, list(range(min(200, len(shown)))))
         mean, basis = coarseness(first)
-        kinds = torch.tensor([
-            [world.KINDS.index(f.kind) for f in (*e.figures, e.figures[0])][:2] for e in shown.entries
-        ], device=self.device)  # fmt: skip
+        kinds = kinds_of(shown.entries).to(self.device)
 
         def draw(rng: random.Random) -> list[Tensor]:
             return [torch.tensor(self.chosen("probe", rng, len(shown)))]
@@ -351,10 +351,13 @@ class Run:
         return base
 
     def _learn(self, stage: str, base: Base) -> None:
-        """Denoising with captions, and listening. half: on pictures of half the size, a quarter of the work a step."""
+        """Denoising with captions, listening and telling. half: on pictures of half the size, a quarter of the work."""
         shown, latents, codec = self.pictures(), self.placed(self.latents(stage == "half")), self.codec()
         cells, words = self.placed(self.cells()), class_words(shown.entries).to(self.device)
-        base.requires_grad_(True)
+        parts, kinds = self.placed(self.parts(models.LATENT_SIZE)), kinds_of(shown.entries).to(self.device)
+        answers = answers_of(shown.entries).to(self.device)
+        telling = Telling(base.unet).to(self.device)
+        taught = torch.nn.ModuleDict({"base": base.requires_grad_(True), "telling": telling})
         unet = torch.compile(base.unet) if self.compiled else base.unet
 
         def loss(*drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -365,8 +368,9 @@ class Run:
                 return unet(noisy, times, text, cross_attention_kwargs=listening).sample
 
             value, figures = self.denoising_loss(drawn, latents, base, predict)
-            unheard = torch.stack(heard).mean()
-            return value + LISTENING_WEIGHT * unheard, figures | {"unheard": unheard.detach()}
+            unheard, untold = torch.stack(heard).mean(), telling(*(of[drawn[0]] for of in (parts, kinds, answers)))
+            figures |= {"unheard": unheard.detach(), "untold": untold.detach()}
+            return value + LISTENING_WEIGHT * unheard + TELLING_WEIGHT * untold, figures
 
         def note(step: int) -> dict[str, float]:
             rng = random.Random(0)
@@ -376,7 +380,8 @@ class Run:
             return {}
 
         draw = functools.partial(self.denoising, stage, len(latents))
-        self.fit(stage, base, loss, draw, 20, ema=0.9995, warmup=300, note=note)
+        self.fit(stage, taught, loss, draw, 20, ema=0.9995, warmup=300, note=note)
+        telling.leave()
 
     def obedience(self) -> None:
         """Logs how often the base model's pictures show what their prompts say, for looks held out and not."""
@@ -416,10 +421,10 @@ class Run:
             "weights.f16", np.float16, shape, lambda at: F.avg_pool2d(weights(self.regions(at))[:, None], 8)
         )
 
-    def parts(self) -> np.ndarray:
-        """Where parts of figures are on the probe's grid, uint8 (N, 2, parts, cells): 1 or 0; part 0 is all of it."""
-        shape = (self.count(data.PICTURES), 2, drawing.NEXT_FIGURE, models.Probe.SIDE**2)
-        return self.made_once("parts.u8", np.uint8, shape, lambda at: parts_of(self.regions(at), models.Probe.SIDE))
+    def parts(self, side: int) -> np.ndarray:
+        """`parts_of` each of `pictures` on a grid, uint8 (N, 2, parts, side * side)."""
+        shape = (self.count(data.PICTURES), 2, drawing.NEXT_FIGURE, side * side)
+        return self.made_once(f"parts_{side}.u8", np.uint8, shape, lambda at: parts_of(self.regions(at), side))
 
     def regions(self, chosen: list[int]) -> Tensor:
         """Maps of parts of chosen ones of `pictures`, (B, H, W)."""

@@ -16,7 +16,8 @@ MADE = ROOT / "launch" / "made"
 def keep(run, stage):
     state = torch.load(Path(run) / f"{stage}.pt", map_location="cpu", weights_only=True)
     base, out = Base(), {}
-    for (name, _), weight in zip(base.named_parameters(), state["ema"]["shadow_params"], strict=True):
+    # The base comes first; what follows are heads that only its training has.
+    for (name, _), weight in zip(base.named_parameters(), state["ema"]["shadow_params"]):
         if weight.ndim < 2: out[name] = weight.half(); continue
         scale = weight.flatten(1).abs().amax(1).clamp(min=1e-8) / 127
         out[name] = (weight / scale.view(-1, *[1] * (weight.ndim - 1))).round().to(torch.int8)

@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from demo import data, drawing, models, training, world
-from demo.judging import answers_of, parts_of, stray
+from demo.judging import ASKED, answers_of, kinds_of, parts_of, stray
 from demo.lessons import coarse, coarseness, roughen
+from demo.telling import Telling
 
 #: What waits for the device, or makes a tensor on the host that would have to be copied to it.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal.default")
@@ -92,7 +93,8 @@ def test_the_probe_is_told_to_look_at_what_is_asked_about():
         "city", "flat",
     )  # fmt: skip
     regions = torch.from_numpy(data.draw(entry, rng).regions)[None]
-    parts, kinds = parts_of(regions, 8), torch.tensor([[1, 0]])
+    parts, kinds = parts_of(regions, 8), kinds_of([entry])
+    assert kinds.tolist() == [[1, 0]]
     assert parts.shape == (1, 2, drawing.NEXT_FIGURE, 64) and parts.dtype == torch.uint8
     left, right = parts[0, :, 0].view(2, 8, 8).float().mean(1).argmax(-1).tolist()
     assert left < 4 <= right, "from left to right, as in the entry"
@@ -114,6 +116,47 @@ def test_the_probe_is_told_to_look_at_what_is_asked_about():
     alone[:, 1] = 0
     only = torch.where(torch.tensor([q.startswith("robot") for q in models.SCORED]), -1, answers)
     assert stray(looks, alone, torch.tensor([[1, 1]]), only) < 0.01, "who is not there can't be looked at"
+
+
+def test_the_base_is_asked_what_is_where_and_its_pictures_do_not_depend_on_it():
+    rng = random.Random(5)
+    entries = [data.random_entry(rng, 1 + i % 2) for i in range(4)]
+    regions = torch.stack([torch.from_numpy(data.draw(entry, rng).regions) for entry in entries])
+    parts, kinds, answers = parts_of(regions, 16), kinds_of(entries), answers_of(entries)
+    torch.manual_seed(0)
+    unet = models.unet()
+    telling = Telling(unet)
+    noisy, text = torch.randn(4, models.LATENT_CHANNELS, 16, 16), torch.randn(4, 77, models.CONTEXT_DIM)
+
+    def told() -> float:
+        unet(noisy, 500, text)
+        return telling(parts, kinds, answers).item()
+
+    unet.train()
+    before = told()
+    with torch.no_grad():
+        for head in telling.heads:
+            head[1].weight.zero_()
+            head[1].bias.zero_()
+    assert (
+        before > told() == pytest.approx(np.log(2) + np.mean([np.log(choices) for *_, choices in ASKED]), rel=1e-4)
+    ), "who says nothing is wrong by the number of choices"
+    learned = torch.optim.AdamW([*unet.parameters(), *telling.parameters()], 3e-3)
+    for _ in range(30):
+        unet(noisy, 500, text)
+        loss = telling(parts, kinds, answers)
+        learned.zero_grad()
+        loss.backward()
+        learned.step()
+    assert told() < 0.3 * before
+
+    unet.eval()
+    unet(noisy, 500, text)
+    assert not telling.grids, "only what is trained is kept"
+    unet.train()
+    telling.leave()
+    unet(noisy, 500, text)
+    assert not telling.grids
 
 
 def test_a_codec_begins_as_the_best_linear_one():
