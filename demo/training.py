@@ -77,7 +77,7 @@ class Plan:
 #: By device. A GPU is as quick with many examples as with few.
 PLANS = {
     "cpu": {
-        "codec": Plan(4500, 16, 1.5e-3), "half": Plan(1182, 32, 1e-3), "base": Plan(9000, 32, 1e-3),
+        "codec": Plan(4500, 16, 1.5e-3), "half": Plan(1182, 32, 1e-3), "base": Plan(6000, 32, 1e-3),
         "probe": Plan(3000, 32, 2e-3), "vision": Plan(2000, 64, 1e-3), "qformer": Plan(600, 64, 1e-3),
         "encoder": Plan(1600, 32, 3e-3), "controlnet": Plan(1000, 32, 5e-4), "lora": Plan(400, 32, 2e-3),
     },

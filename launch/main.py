@@ -37,25 +37,19 @@ def one(name, args):
 def evaluate(k, n, *parts):
     """Worker k of n makes a share of the conditions; k = n: the report, from what they made."""
     from kit.evaluation import cases, run as R
-    from kit.evaluation.batched import Batched
     k, n = int(k), int(n)
     if k < n:
-        real = Batched.pictures
+        from demo import models
         counter = [0]
-        def told(self, condition, of):
+        def told(self, condition, of, noises):
             counter[0] += 1
-            if counter[0] % n == k: return cases_told(self, condition, of)
-            return [{name: [0] * self.seeds for name in self.probe.heads_names} for _ in of]
+            if counter[0] % n == k: return cases_told(self, condition, of, noises)
+            return [{name: [0] * len(noises) for name in models.SCORED} for _ in of]
         cases_told = cases.Bench._told
         cases.Bench._told = told
-        from demo import models
-        Batched.heads_names = None
-        init = Batched.__init__
-        def made(self, *a, **kw): init(self, *a, **kw); self.probe.heads_names = list(models.SCORED)
-        Batched.__init__ = made
-        R.write_report = lambda part, rows: None
+        R.write_report = lambda *a: None
         R.write_sheet = lambda *a: None
-    R.evaluate(None, ROOT / "demo" / "run", 48 if SCALE == 1 else 2, list(parts))
+    R.evaluate(None, ROOT / "demo" / "run", 48 if SCALE == 1 else 2, list(parts), SCALE != 1)
 def main():
     import torch
     sys.path[:0] = [str(ROOT / "launch")]

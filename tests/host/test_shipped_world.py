@@ -44,7 +44,7 @@ def server(tmp_path_factory, names):
 @pytest.fixture(scope="module")
 def bench(server, names):
     encoders = {"nested": names["models"] / "nested_attention" / shipped.ENCODER}
-    return Nodes(server, names, encoders, A_DOZEN, server.work / "answers", seeds=1)
+    return Nodes(server, names, encoders, A_DOZEN, server.work / "answers")
 
 
 def mean(scores, name):

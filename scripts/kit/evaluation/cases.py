@@ -6,8 +6,8 @@ import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,25 @@ from . import METHODS
 Told = dict[str, list[int]]
 """What the probe says of a case's pictures, by question."""
 
-WITHOUT_SUBJECT = ("none",)
+WITHOUT_SUBJECT = ("none", "drawn")
 AXES = ("scene", "style", *world.LOOKS)
 """What belongs to a picture; with the class, what a prompt asks for."""
+GROUPS = {"alignment": ("class", *AXES), "on the figure": tuple(world.LOOKS), "around it": ("scene", "style")}
 WIDE = ("jumping", "dancing")
 """Poses that reach out."""
+_NOTHING = world.LOOKS["held"].index("nothing")
+_WEIGHTS = (shipped.CHECKPOINT, shipped.VISION, shipped.PROBE)
+_CASES = (
+    "demo/drawing", "demo/world.py", "demo/data.py", "demo/lessons.py", "demo/models.py", "scripts/kit/small_world.py",
+)  # fmt: skip
+"""What decides the cases, and how they are judged."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """How pictures are made. encoder: file in models/nested_attention. alpha: factor on the encoder's own.
+    """How pictures are made. method: of METHODS, or "drawn": what was asked for, as drawn, through the codec.
+
+    encoder: file in models/nested_attention. alpha: factor on the encoder's own.
 
     apart: strength of Separate Subjects. negative: what the negative prompt is: "" (nothing), "word" (the class word)
     or "black" (the class word, and on it the tokens of a black picture).
@@ -64,12 +73,22 @@ class Case:
     seed: int
     references: tuple[data.Entry, ...]
 
+    def noise(self, number: int) -> int:
+        """The seed of a picture of it."""
+        return self.seed + 10_000 * number
+
+
+Wanted = tuple[Case, int]
+"""A picture: the case, and the number of its noise."""
+
 
 @dataclass
 class Scores:
-    """Per case, the mean over its pictures. right: by question of the probe. pairs: own, swapped, neither."""
+    """Per case, the mean over its pictures; NaN where it can't tell. right: by question. of: each training's alone,
+    where several of the same kind are pooled."""
 
     right: dict[str, list[float]] = field(default_factory=dict)
+    of: list[Scores] = field(default_factory=list)
 
     def add(self, name: str, value: float) -> None:
         self.right.setdefault(name, []).append(value)
@@ -77,36 +96,36 @@ class Scores:
     def interval(self, name: str) -> tuple[float, float, float]:
         """Mean and 95 % interval, by resampling cases."""
         values = np.array(self.right[name])
+        values = values[~np.isnan(values)]
         draws = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
         low, high = np.quantile(draws, (0.025, 0.975))
         return float(values.mean()), float(low), float(high)
 
 
+def pooled(parts: list[Scores]) -> Scores:
+    """Of a case, the mean over trainings: cases are what is resampled."""
+    if len(parts) == 1:
+        return parts[0]
+    return Scores({q: np.mean([part.right[q] for part in parts], 0).tolist() for q in parts[0].right}, parts)
+
+
 class Bench(ABC):
     """Makes the pictures of conditions and has them judged. What is known already is not made again."""
 
-    def __init__(self, encoders: dict[str, Path], identities: int, seeds: int, known: Path) -> None:
-        """encoders: files by name. identities: held-out subjects. seeds: pictures per subject and condition. known: the
-        folder where the probe's answers are kept."""
-        self.encoders, self.identities, self.seeds, self.known = encoders, identities, seeds, known
+    sources: tuple[str, ...]
+    """What makes the pictures: files and folders of the repository. Answers are kept for them as they are."""
+
+    def __init__(self, encoders: dict[str, Path], identities: int, known: Path) -> None:
+        """encoders: files by name. identities: held-out subjects. known: the folder where answers are kept."""
+        self.encoders, self.identities, self.known = encoders, identities, known
         self.probe = models.load_probe(shipped.WEIGHTS / shipped.PROBE)
-        # Answers are kept for what made them: the models and our code.
-        sources = [
-            *(path for path in (REPO / "nested_core").rglob("*.py") if "training" not in path.parts),
-            *(REPO / "nodes").glob("*.py"),
-            *(REPO / "demo" / "comfyui").glob("*.py"),
-            *(REPO / "demo" / "drawing").glob("*.py"),
-            *(REPO / "demo" / name for name in ("world.py", "models.py", "sampling.py")),
-        ]
-        digest = hashlib.sha256()
-        for path in sorted([*sources, *shipped.WEIGHTS.glob("*.safetensors")]):
-            digest.update(path.read_bytes())
-        self.stamp = digest.hexdigest()
+        self.weights = _digest([shipped.WEIGHTS / name for name in _WEIGHTS])
+        self.stamp = _digest([REPO / source for source in (*self.sources, *_CASES)]) + self.weights
         self.trained = {(f.kind, *f.identity) for f in data.drawn_figures(data.PICTURES, 0)}
 
     @abstractmethod
-    def pictures(self, condition: Condition, cases: Sequence[Case]) -> Iterable[np.ndarray]:
-        """The pictures of each case, uint8 (seeds, H, W, 3)."""
+    def pictures(self, condition: Condition, wanted: Sequence[Wanted]) -> Iterator[np.ndarray]:
+        """Pictures one by one, uint8 (H, W, 3)."""
 
     def cases(self, pair: bool, share: float = 1.0, touching: bool = False) -> list[Case]:
         """The same for every condition; a share of them is the first ones."""
@@ -121,29 +140,34 @@ class Bench(ABC):
             cases.append(Case(entry, 1000 + i, references))
         return cases
 
-    def measure(self, condition: Condition, share: float = 1.0) -> Scores:
-        """Scores of a condition."""
+    def measure(self, condition: Condition, share: float = 1.0, noises: Sequence[int] = (0,)) -> Scores:
+        """Scores of a condition, a picture for each of `noises` of each case."""
         scores, cases = Scores(), self.cases(condition.pair, share, condition.touching)
-        for case, told in zip(cases, self._told(condition, cases), strict=True):
+        for case, told in zip(cases, self._told(condition, cases, noises), strict=True):
             self._score(case, {name: np.array(values) for name, values in told.items()}, scores)
         return scores
 
-    def _told(self, condition: Condition, cases: Sequence[Case]) -> list[Told]:
-        said = json.dumps([type(self).__name__, self.stamp, asdict(condition), len(cases), self.seeds])
-        digest = hashlib.sha256(said.encode())
+    def _told(self, condition: Condition, cases: Sequence[Case], noises: Sequence[int]) -> list[Told]:
+        # Only what differs from the usual names a condition, so that a new field leaves the others' answers.
+        usual = {f.name: f.default for f in fields(Condition)}
+        said = {name: value for name, value in asdict(condition).items() if value != usual[name]}
+        digest = hashlib.sha256(json.dumps([type(self).__name__, self.stamp, said], sort_keys=True).encode())
         digest.update(self.encoders[condition.encoder].read_bytes() if condition.encoder else b"")
         path = self.known / f"{digest.hexdigest()[:24]}.json"
-        if not path.is_file():
-            told = [self._judge(pixels) for pixels in self.pictures(condition, cases)]
-            path.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        left = [(case, number) for case in cases for number in noises if _key(case, number) not in known]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for (case, number), pixels in zip(left, self.pictures(condition, left) if left else (), strict=True):
+            known[_key(case, number)] = self._judge(pixels)
             with whole(path) as part:
-                part.write_text(json.dumps(told), "utf-8")
-        return json.loads(path.read_text("utf-8"))
+                part.write_text(json.dumps(known), "utf-8")
+        of = [[known[_key(case, number)] for number in noises] for case in cases]
+        return [{name: [told[name] for told in every] for name in every[0]} for every in of]
 
     @torch.no_grad()
-    def _judge(self, pixels: np.ndarray) -> Told:
-        out = self.probe(models.normalise(torch.from_numpy(pixels)))
-        return {name: logits.argmax(-1).tolist() for name, logits in out.items()}
+    def _judge(self, pixels: np.ndarray) -> dict[str, int]:
+        out = self.probe(models.normalise(torch.from_numpy(pixels)[None]))
+        return {name: int(logits.argmax()) for name, logits in out.items()}
 
     def _score(self, case: Case, told: dict[str, np.ndarray], scores: Scores) -> None:
         figures, truth = case.entry.figures, models.labels(case.entry)
@@ -153,19 +177,34 @@ class Bench(ABC):
             scores.add(axis, float(np.mean([told[name] == truth[name] for name in asked])))
             theirs = [models.labels(reference) for reference in case.references]
             copied = [
-                told[name] == reference[name] for reference in theirs for name in asked if reference.get(name, -1) >= 0
+                told[name] == reference[name]
+                for reference in theirs
+                for name in asked
+                # Who holds nothing has not copied that from a photo of somebody who holds nothing.
+                if reference.get(name, -1) >= 0 and not (axis == "held" and reference[name] == _NOTHING)
             ]
-            scores.add(f"copied {axis}", float(np.mean(copied)))
-        scores.add("alignment", float(np.mean([scores.right[name][-1] for name in ("class", *AXES)])))
-        scores.add("copied", float(np.mean([scores.right[f"copied {axis}"][-1] for axis in AXES])))
+            scores.add(f"copied {axis}", float(np.mean(copied)) if copied else float("nan"))
+        for group, axes in GROUPS.items():
+            scores.add(group, float(np.mean([scores.right[name][-1] for name in axes])))
+        scores.add("copied", float(np.nanmean([scores.right[f"copied {axis}"][-1] for axis in AXES])))
         for name in world.ATTRIBUTES:
             rights = [told[f"{f.kind}.{name}"] == truth[f"{f.kind}.{name}"] for f in figures]
             scores.add(name, float(np.mean(rights)))
         scores.add("identity", float(np.mean([scores.right[name][-1] for name in world.ATTRIBUTES])))
         if len(figures) == 1:
+            self._edit(figures[0], told, truth, scores)
             self._remember(figures[0], told, scores)
         else:
             self._separate(figures, told, scores)
+
+    def _edit(self, figure: world.Figure, told: dict[str, np.ndarray], truth: dict[str, int], scores: Scores) -> None:
+        """How often a picture shows all five looks that were asked for, and five of six attributes or more."""
+
+        def right(names: Iterable[str]) -> np.ndarray:
+            return np.stack([told[f"{figure.kind}.{name}"] == truth[f"{figure.kind}.{name}"] for name in names])
+
+        edited = right(world.LOOKS).all(0) & (right(world.ATTRIBUTES).sum(0) >= len(world.ATTRIBUTES) - 1)
+        scores.add("edited", float(np.mean(edited)))
 
     def _remember(self, figure: world.Figure, told: dict[str, np.ndarray], scores: Scores) -> None:
         """Whether pictures show exactly the held-out figure, or else exactly one of the training pictures' figures."""
@@ -197,3 +236,16 @@ class Bench(ABC):
 
     def condition(self, method: str, **changes: Any) -> Condition:
         return Condition(method, "" if method in WITHOUT_SUBJECT else method, **changes)
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    """Of files, and of the code in folders."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _key(case: Case, number: int) -> str:
+    return hashlib.sha256(repr((case, number)).encode()).hexdigest()[:16]

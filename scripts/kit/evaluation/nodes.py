@@ -14,32 +14,32 @@ from tqdm import tqdm
 from .. import small_world
 from ..graphs import Graph, Shown, node, run_graph, saved_pictures, subject_graph
 from ..server import Server
-from .cases import WITHOUT_SUBJECT, Bench, Case, Condition
+from .cases import WITHOUT_SUBJECT, Bench, Case, Condition, Wanted
 
 
 class Nodes(Bench):
     """Encode Subject, Apply Subject, Separate Subjects and the host's KSampler, in a running server."""
 
+    sources = ("nested_core", "nodes", "demo/comfyui", "scripts/kit/graphs.py", "scripts/kit/evaluation/nodes.py")
+
     def __init__(
-        self, server: Server, names: dict[str, str], encoders: dict[str, Path], identities: int, known: Path,
-        seeds: int = 3,
-    ) -> None:  # fmt: skip
+        self, server: Server, names: dict[str, str], encoders: dict[str, Path], identities: int, known: Path
+    ) -> None:
         """names: of the small world's models. encoders: files in the server's models/nested_attention."""
-        super().__init__(encoders, identities, seeds, known)
+        super().__init__(encoders, identities, known)
         self.server, self.names = server, names
 
-    def pictures(self, condition: Condition, cases: Sequence[Case]) -> Iterator[np.ndarray]:
-        for case in tqdm(cases, desc=f"{condition.encoder or condition.method}, in ComfyUI", mininterval=2):
-            ran = asyncio.run(run_graph(self.server, self.graph(condition, case), True))
-            files = saved_pictures(self.server, ran)
-            yield np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
-            for file in files:
-                file.unlink()
+    def pictures(self, condition: Condition, wanted: Sequence[Wanted]) -> Iterator[np.ndarray]:
+        for case, number in tqdm(wanted, desc=f"{condition.encoder or condition.method}, in ComfyUI", mininterval=2):
+            ran = asyncio.run(run_graph(self.server, self.graph(condition, case, number), True))
+            (file,) = saved_pictures(self.server, ran)
+            yield np.asarray(Image.open(file).convert("RGB"))
+            file.unlink()
 
-    def graph(self, condition: Condition, case: Case) -> Graph:
+    def graph(self, condition: Condition, case: Case, number: int = 0) -> Graph:
         """Raises ValueError where a condition asks for what is only measured in diffusers."""
         usual = replace(condition, alpha=1.0, focus=1.0, views=1, negative="")
-        if condition != usual or condition.method == "decoupled":
+        if condition != usual or condition.method in ("decoupled", "drawn"):
             raise ValueError(f"{condition} is measured in diffusers.")
         entry = case.entry
         shown = small_world.write_portraits(entry.figures, self.server.input, 1, case.references)
@@ -49,7 +49,7 @@ class Nodes(Bench):
         subjects: Sequence[Shown] = shown if bound else ()
         names = {**self.names, "encoder_name": self.encoders[condition.encoder].name if bound else ""}
         graph = subject_graph(
-            names, prompt, subjects, cfg=condition.cfg, seed=case.seed, batch=self.seeds, prefix="evaluation/picture"
+            names, prompt, subjects, cfg=condition.cfg, seed=case.noise(number), prefix="evaluation/picture"
         )
         graph = {key: value for key, value in graph.items() if not key.startswith("seen")}
         if condition.separation:

@@ -16,10 +16,11 @@ from nested_core.hosts.diffusers import cross_attention
 
 from . import METHODS
 from .batched import Batched
-from .cases import WITHOUT_SUBJECT, Bench, Condition, Scores
+from .cases import WITHOUT_SUBJECT, Bench, Condition, Scores, pooled
 from .nodes import Nodes
 
-STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+STRENGTHS = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+TRAININGS = (0, 1, 2)
 REGIMES = {"": "the reference is a crop of the target", "_pairs": "the reference is another picture"}
 IDENTITIES = (0.25, 0.5, 0.75, 1.0, 1.25)  # of the encoder's own α
 FOCUS = (1.0, 1.5, 2.0, 3.0)
@@ -34,20 +35,26 @@ Rows = list[tuple[str, Scores]]
 
 
 def table(bench: Batched) -> Rows:
-    """One subject, every method in both regimes; training seeds are pooled."""
-    rows = [(METHODS["none"], bench.measure(bench.condition("none")))]
-    for method, regime in _trained(bench):
-        rows.append((f"{METHODS[method]}, {REGIMES[regime]}", _over_seeds(bench, method, regime)))
-    return rows
+    """One subject, every method in both regimes; trainings are pooled, each with its own noise."""
+    first = "first training, first noise"
+    return [
+        ("as drawn, through the codec", bench.measure(Condition("drawn"))),
+        (METHODS["none"], _without(bench)),
+        *((f"{METHODS[method]}, {REGIMES[regime]}", _trainings(bench, method, regime))
+          for method, regime in _trained(bench)),
+        (f"{METHODS['none']}, first noise", bench.measure(bench.condition("none"))),
+        (f"{METHODS['nested']}, {first}", bench.measure(bench.condition("nested"))),
+    ]  # fmt: skip
 
 
 def frontier(bench: Batched) -> Rows:
     """Identity against alignment over strengths: what is gained of the one for what is lost of the other."""
     return [
-        (f"{METHODS[method]}, {REGIMES[regime]}, strength {value:g}",
-         _over_seeds(bench, method, regime, 0.5, strength=value))
-        for method, regime in _trained(bench)
-        for value in STRENGTHS
+        (METHODS["none"], _without(bench)),
+        *((f"{METHODS[method]}, {REGIMES[regime]}, strength {value:g}",
+           _trainings(bench, method, regime, strength=value))
+          for method, regime in _trained(bench)
+          for value in STRENGTHS),
     ]  # fmt: skip
 
 
@@ -57,24 +64,29 @@ def _trained(bench: Bench) -> list[tuple[str, str]]:
     return [(method, regime) for regime in REGIMES for method in methods if f"{method}{regime}" in bench.encoders]
 
 
-def _over_seeds(bench: Bench, method: str, regime: str, share: float = 1.0, **changes: Any) -> Scores:
-    """The mean of a subject over training seeds is one number: subjects are what is resampled."""
-    name = f"{method}{regime}"
-    names = [name, *sorted(other for other in bench.encoders if other.startswith(f"{name}_seed"))]
-    every = [bench.measure(Condition(method, encoder, **changes), share) for encoder in names]
-    return Scores({q: [sum(v) / len(v) for v in zip(*(s.right[q] for s in every), strict=True)]
-                   for q in every[0].right})  # fmt: skip
+def _trainings(bench: Bench, method: str, regime: str, share: float = 1.0, **changes: Any) -> Scores:
+    """A method's trainings, pooled: the same noises for all methods, another for each training."""
+    names = {n: f"{method}{regime}{f'_seed{n}' * (n > 0)}" for n in TRAININGS}
+    return pooled([
+        bench.measure(Condition(method, name, **changes), share, (n,))
+        for n, name in names.items() if name in bench.encoders
+    ])  # fmt: skip
+
+
+def _without(bench: Bench, share: float = 1.0, **changes: Any) -> Scores:
+    """No subject, with the noises of `_trainings`."""
+    return pooled([bench.measure(bench.condition("none", **changes), share, (n,)) for n in TRAININGS])
 
 
 def pairs(bench: Batched) -> Rows:
-    rows = [(METHODS["none"], bench.measure(bench.condition("none", pair=True), 0.67))]
+    rows = [(METHODS["none"], _without(bench, 0.67, pair=True))]
     for method, regime in _trained(bench):
-        rows.append((f"{METHODS[method]}, {REGIMES[regime]}", _over_seeds(bench, method, regime, 0.67, pair=True)))
+        rows.append((f"{METHODS[method]}, {REGIMES[regime]}", _trainings(bench, method, regime, 0.67, pair=True)))
     return rows
 
 
 def focus(bench: Batched) -> Rows:
-    return [(f"focus {x:g}", bench.measure(bench.condition("nested", focus=x), 0.5)) for x in FOCUS]
+    return [(f"focus {x:g}", bench.measure(bench.condition("nested", focus=x))) for x in FOCUS]
 
 
 def nodes(bench: Nodes) -> Rows:
@@ -90,27 +102,46 @@ def separation(bench: Nodes) -> Rows:
 
 
 def apart(bench: Nodes) -> Rows:
-    """Two subjects who reach out for each other, with Separate Subjects and without."""
-    return [
-        (f"Separate Subjects {x:g}", bench.measure(bench.condition("nested", pair=True, apart=x, touching=True), 0.67))
-        for x in APART
-    ]
+    """Two subjects as they come, and two who reach out for each other, with Separate Subjects and without."""
+    rows = []
+    for title, touching in (("as they come", False), ("reaching out", True)):
+        said = {"pair": True, "touching": touching}
+        rows.append((f"{title}, {METHODS['none']}", bench.measure(bench.condition("none", **said), 0.67)))
+        for x in APART:
+            scores = bench.measure(bench.condition("nested", apart=x, **said), 0.67)
+            rows.append((f"{title}, Separate Subjects {x:g}" if x else f"{title}, without it", scores))
+    return rows
+
+
+def touching(bench: Bench) -> float:
+    """The share of `apart`'s pairs reaching out that come within two pixels of each other where they are drawn."""
+    near = []
+    for case in bench.cases(True, 0.67, True):
+        regions = torch.from_numpy(data.draw(case.entry, random.Random(case.seed)).regions)
+        shown = [((regions > 0) & (regions // drawing.NEXT_FIGURE == i)).float()[None] for i in range(2)]
+        near.append(bool((F.max_pool2d(shown[0], 5, 1, 2) * shown[1]).any()))
+    return sum(near) / len(near)
 
 
 def budget(bench: Batched) -> Rows:
-    """The frontier after a quarter of the training, and after all of it: whether the order has settled."""
+    """The frontier after a part of the training, and after all of it: whether the order has settled."""
     return [
-        (f"{METHODS[method]}{', 200 steps' if steps else ''}, strength {value:g}",
-         bench.measure(Condition(method, f"{method}{steps}", strength=value), 0.5))
-        for steps in BUDGETS
-        for method in METHODS
-        if f"{method}{steps}" in bench.encoders
-        for value in STRENGTHS
+        (METHODS["none"], bench.measure(bench.condition("none"))),
+        *((f"{METHODS[method]}, {budget_title(steps)}, strength {value:g}",
+           bench.measure(Condition(method, f"{method}{steps}", strength=value)))
+          for steps in BUDGETS
+          for method in METHODS
+          if f"{method}{steps}" in bench.encoders
+          for value in STRENGTHS),
     ]  # fmt: skip
 
 
+def budget_title(steps: str) -> str:
+    return steps.strip("_").replace("_", " ") or "all steps"
+
+
 def identity(bench: Batched) -> Rows:
-    return [(f"α x {x:g}", bench.measure(bench.condition("nested", alpha=x), 0.5)) for x in IDENTITIES]
+    return [(f"α x {x:g}", bench.measure(bench.condition("nested", alpha=x))) for x in IDENTITIES]
 
 
 def unconditional(bench: Batched) -> Rows:
@@ -120,10 +151,10 @@ def unconditional(bench: Batched) -> Rows:
     """
     rows = []
     for cfg in GUIDANCE:
-        nothing = bench.measure(bench.condition("nested", cfg=cfg), 0.5)
+        nothing = bench.measure(bench.condition("nested", cfg=cfg))
         rows.append((f"cfg {cfg:g}, nothing", nothing))
         for negative, title in (("word", "the class word"), ("black", "a black picture on the class word")):
-            scores = bench.measure(bench.condition("nested", cfg=cfg, negative=negative), 0.5)
+            scores = bench.measure(bench.condition("nested", cfg=cfg, negative=negative))
             pairs = zip(scores.right["identity"], nothing.right["identity"], strict=True)
             scores.right["gain"] = [one - other for one, other in pairs]
             rows.append((f"cfg {cfg:g}, {title}", scores))
@@ -181,12 +212,12 @@ def tokens(bench: Batched) -> Rows:
         name = {1: "one_value", 16: "nested"}.get(count, f"nested_{count}_tokens")
         if name in bench.encoders:
             method = "one_value" if count == 1 else "nested"
-            rows.append((f"{count} tokens", bench.measure(Condition(method, name), 0.5)))
+            rows.append((f"{count} tokens", bench.measure(Condition(method, name))))
     return rows
 
 
 def views(bench: Batched) -> Rows:
-    return [(f"{n} views", bench.measure(bench.condition("nested", views=n), 0.5)) for n in VIEWS]
+    return [(f"{n} views", bench.measure(bench.condition("nested", views=n))) for n in VIEWS]
 
 
 #: In diffusers, where batches are large and any encoder opens.

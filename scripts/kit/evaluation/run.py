@@ -6,19 +6,23 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from demo import export, shipped
 from demo.encoders import COMPARED
+from nested_core.checkpoint import load_encoder
 
 from .. import small_world
-from ..environment import say
+from ..environment import SetupError, say
 from ..graphs import check_nodes, node
 from ..hosts import version_of
 from ..paths import REPO, STATE
 from ..server import Server
 from . import TITLES
 from .batched import Batched
+from .frontier import lines_of, strengths_at
 from .nodes import Nodes
-from .parts import BATCHED, NODES
+from .parts import BATCHED, NODES, REGIMES, touching
 from .report import write_report
 from .sheet import write_sheet
 
@@ -26,21 +30,28 @@ WORK = STATE / "evaluation"
 KNOWN = WORK / "answers"
 
 
-def evaluate(host: Callable[[], Path], run: Path, identities: int, only: Sequence[str] | None) -> None:
+def evaluate(
+    host: Callable[[], Path], run: Path, identities: int, only: Sequence[str] | None, partial: bool = False
+) -> None:
     """host: gives a ComfyUI, for the parts that need one. run: folder of demo/train.py, whose encoders are measured.
-    identities: held-out subjects. only: parts."""
-    parts = only or list(TITLES)
-    if here := [part for part in parts if part in BATCHED]:
-        bench = Batched(trained_encoders(run), identities, KNOWN)
-        for part in here:
-            write_report(part, BATCHED[part](bench))
-        if "table" in here:
-            write_sheet(bench, REPO / "docs" / "images" / "methods.png")
-    if there := [part for part in parts if part in NODES]:
-        _through_the_nodes(host(), identities, there)
+    identities: held-out subjects. only: parts. partial: whether encoders may be missing.
+
+    Raises SetupError where they are, or where the shipped encoder is not the run's.
+    """
+    encoders = trained_encoders(run, partial)
+    for part in only or list(TITLES):
+        if part in NODES:
+            _through_the_nodes(host(), identities, part)
+            continue
+        bench = Batched(encoders, identities, KNOWN)
+        rows = BATCHED[part](bench)
+        write_report(bench, part, rows)
+        if part == "frontier":
+            strengths = strengths_at(lines_of(rows), next(iter(REGIMES.values())))
+            write_sheet(bench, REPO / "docs" / "images" / "methods.png", strengths)
 
 
-def _through_the_nodes(host: Path, identities: int, parts: Sequence[str]) -> None:
+def _through_the_nodes(host: Path, identities: int, part: str) -> None:
     packs = small_world.link_packs(host)
     models = WORK / "models"
     names = small_world.provide_models(models)
@@ -53,28 +64,43 @@ def _through_the_nodes(host: Path, identities: int, parts: Sequence[str]) -> Non
         check_nodes(server, {kind: node(kind) for kind in ours})
         encoders = {"nested": models / "nested_attention" / shipped.ENCODER}
         bench = Nodes(server, names, encoders, identities, KNOWN)
-        for part in parts:
-            write_report(part, NODES[part](bench))
+        rows = NODES[part](bench)
+        notes = []
+        if part == "apart":
+            notes = ["", f"Drawn as they are asked for, {touching(bench):.2f} of those reaching out touch."]
+        write_report(bench, part, rows, notes)
 
 
-def trained_encoders(run: Path) -> dict[str, Path]:
-    """The shipped encoder, as "nested", and those that a run trained on the shipped base model, by their names."""
+def trained_encoders(run: Path, partial: bool = False) -> dict[str, Path]:
+    """The encoders that a run trained to their end on the shipped base model, by their names; "nested" is shipped.
+
+    Raises SetupError where one is missing that is compared and not `partial`, or where "nested" is another.
+    """
     base = export.fingerprint(export.load_checkpoint(shipped.WEIGHTS / shipped.CHECKPOINT)[0])
-    found = {"nested": shipped.WEIGHTS / shipped.ENCODER}
+    found, left = {}, []
     for file in sorted(run.glob("*/encoder.safetensors")):
         name = file.parent.name
-        if name == "nested":
-            continue  # shipped
-        if (file.parent / "base.txt").read_text("utf-8") != base:
-            say(f"{name} was trained on another base model than the shipped one: left out")
-            continue
         steps = json.loads((file.parent / "config.json").read_text("utf-8"))["steps"]
         done = [json.loads(line)["step"] for line in (file.parent / "metrics.jsonl").read_text("utf-8").splitlines()]
-        if not done or done[-1] != steps:
-            say(f"{name} is not trained to its end, step {steps}: left out")
-            continue
-        found[name] = file
-    for wanted in COMPARED:
-        if wanted not in found:
-            say(f"no encoder {wanted} in {run}: left out. python demo/train.py --shipped --stage {wanted}")
+        if (file.parent / "base.txt").read_text("utf-8") != base:
+            left.append(f"{name} was trained on another base model than the shipped one")
+        elif not done or done[-1] != steps:
+            left.append(f"{name} is not trained to its end, step {steps}")
+        else:
+            found[name] = file
+    left += [
+        f"there is no {name}" for name in ("nested", *COMPARED) if not (run / name / "encoder.safetensors").is_file()
+    ]
+    if left:
+        say(f"in {run}:\n" + "\n".join(left))
+    if "nested" not in found or (left and not partial):
+        raise SetupError(
+            f"Encoders are missing in {run}. Train them with python demo/train.py --stage compared, or measure those "
+            "that are there (nested must be) with --partial."
+        )
+    ours, theirs = (
+        load_encoder(path).half().state_dict() for path in (found["nested"], shipped.WEIGHTS / shipped.ENCODER)
+    )
+    if ours.keys() != theirs.keys() or any(not torch.equal(ours[name], theirs[name]) for name in ours):
+        raise SetupError(f"The shipped encoder is not that of {run}: python demo/train.py --stage export writes it.")
     return found

@@ -30,14 +30,15 @@ ASKED = (
 SUBJECTS = ((7, "robot"), (3, "creature"))
 
 
-def write_sheet(bench: Batched, path: Path, seed: int = 5) -> None:
-    """A PNG: for each of SUBJECTS its photo, and a row of ASKED per method."""
+def write_sheet(bench: Batched, path: Path, strengths: dict[str, float], seed: int = 5) -> None:
+    """A PNG: for each of SUBJECTS its photo, and a row of ASKED per method. strengths: by the methods' titles."""
     rows = [(number, kind, method) for number, kind in SUBJECTS for method in bench.methods()[::-1]]
     page = Figure(figsize=(2.0 * (len(ASKED) + 1), 2.06 * len(rows) + 0.6), dpi=110, layout="constrained")
     grid = page.subplots(len(rows), len(ASKED) + 1, squeeze=False)
     for row, (number, kind, method) in enumerate(rows):
         cases = cases_of(number, kind, seed)
-        made = [pictures[0] for pictures in bench.pictures(bench.condition(method), cases)]
+        condition = bench.condition(method, strength=strengths.get(METHODS[method], 1.0))
+        made = list(bench.pictures(condition, [(case, 0) for case in cases]))
         photo = small_world.portrait(cases[0].entry.figures[0], 1, cases[0].references[0]).image
         _fill(grid[row], [np.asarray(photo), *made], METHODS[method], show_first=method == bench.methods()[-1])
     for axes, case in zip(grid[0][1:], cases_of(*SUBJECTS[0], seed), strict=True):
@@ -49,7 +50,8 @@ def write_sheet(bench: Batched, path: Path, seed: int = 5) -> None:
 
 
 def cases_of(number: int, kind: str, seed: int) -> list[Case]:
-    """A held-out figure as each column asks for it. Its one photo is in a scene and style of none of them."""
+    """A held-out figure as each column asks for it. Its one photo is in a scene and style of none of them, and has
+    nothing of the first one's look."""
     (figure,) = small_world.held_out_figures(number, 1, kind)
     entries = [data.Entry([figure], [look], scene, style) for look, scene, style in ASKED]
     rng = random.Random(f"sheet {number}")
