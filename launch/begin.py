@@ -22,6 +22,7 @@ def keep(run, stage):
         scale = weight.flatten(1).abs().amax(1).clamp(min=1e-8) / 127
         out[name] = (weight / scale.view(-1, *[1] * (weight.ndim - 1))).round().to(torch.int8)
         out[f"{name} scale"] = scale.half()
+    out = {name: part.contiguous() for name, part in out.items()}
     save_file(out, MADE / "base.safetensors", {"stage": stage, "step": str(state["step"])})
     print(stage, state["step"])
 def begin():
