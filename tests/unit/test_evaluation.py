@@ -45,7 +45,7 @@ def rows_of(lines):
 
     def scores(identity, alignment):
         def one():
-            questions = {q: (identity if "identity" in q else alignment) for q in QUESTIONS}
+            questions = {q: (identity if "identity" in q else alignment) for q in sorted(QUESTIONS)}
             return Scores({q: np.clip(rng.normal(mean, 0.1, CASES), 0, 1).tolist() for q, mean in questions.items()})
 
         return pooled([one() for _ in range(3)])
