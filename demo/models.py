@@ -1,7 +1,7 @@
 """The small world's models: classes of diffusers and transformers that ComfyUI has counterparts of, made small.
 
 text encoder   CLIPTextModel, 2 layers of 128, with a CLIP tokenizer whose vocabulary is the world's words
-codec          AutoencoderDC, 8 x 8 pixels to 48 channels
+codec          AutoencoderDC, 8 x 8 pixels to 24 channels
 U-Net          UNet2DConditionModel with 7 cross-attention layers, predicting the picture
 vision tower   CLIPVisionModelWithProjection, 4 layers of 128, 96 px in patches of 12
 probe          a small residual network that only scores pictures; no other model sees it
@@ -34,7 +34,7 @@ from nested_core.training import BaseModel, EncoderSettings, VisionTower
 
 from . import FAMILY, data, drawing, world
 
-LATENT_CHANNELS = 48
+LATENT_CHANNELS = 24
 LATENT_SIZE = drawing.SIZE // 8
 CONTEXT_DIM = 128
 TEXT_LENGTH = 77

@@ -237,7 +237,7 @@ class Run:
         return codec
 
     def latents(self, half: bool = False) -> np.ndarray:
-        """Scaled latents of `pictures`, (N, 48, 16, 16) float16, encoded once. half: of pictures of half the size."""
+        """Scaled latents of `pictures`, (N, 24, 16, 16) float16, encoded once. half: of pictures of half the size."""
         shown, codec = self.pictures(), self.codec()
         side = models.LATENT_SIZE // (1 + half)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHANNELS = 48
+CHANNELS = 24
 _WIDTHS = (32, 64, 128)
 
 _Conv = comfy.ops.disable_weight_init.Conv2d
@@ -69,7 +69,7 @@ class _Unfold(nn.Module):
 
 
 class Codec(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, 48, H/8, W/8); its parts are named as a TAESD's in ComfyUI."""
+    """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, 24, H/8, W/8); its parts are named as a TAESD's in ComfyUI."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Codec(nn.Module):
 
 
 class Taesd(comfy.taesd.taesd.TAESD):
-    """ComfyUI's TAESD, and of those with 48 channels, of which there are no others, the small world's codec.
+    """ComfyUI's TAESD, and of those with 24 channels, of which there are no others, the small world's codec.
 
     ComfyUI knows a VAE by the names of its weights, and a TAESD's channels by a shape.
     """

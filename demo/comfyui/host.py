@@ -91,7 +91,7 @@ class SmallWorldLatent(comfy.latent_formats.LatentFormat):
 
 
 class _Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.X0):
-    """The picture is what the U-Net predicts: noise of 48 channels would take all that its 64 can hold."""
+    """The picture is what the U-Net predicts: noise of 24 channels would take all that its 64 can hold."""
 
 
 class SmallWorld(comfy.supported_models_base.BASE):
