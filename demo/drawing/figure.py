@@ -74,14 +74,14 @@ def draw_figure(canvas: Canvas, figure: Figure, look: Look, rng: random.Random, 
     """x, foot, height in pixels of a 128 px picture; the figure's parts are `first_part` + PARTS in the map."""
     stance, unit = _STANCES[look.pose], height / 100
     lifted = foot - stance.lift * unit
-    pen = Pen(canvas, (x, lifted), unit, -stance.tilt + rng.uniform(-3, 3), first_part)
+    pen = Pen(canvas, (x, lifted), unit, -stance.tilt + rng.uniform(-1.5, 1.5), first_part)
     colour = _COLOURS[figure.body]
     turn = _TURNS[look.view]
-    shown = _Shown(pen, figure, look, colour, mix(colour, INK, 0.38), stance, turn, turn * 0.7 + rng.uniform(-0.3, 0.3))
+    shown = _Shown(pen, figure, look, colour, mix(colour, INK, 0.38), stance, turn, turn * 0.7 + rng.uniform(-0.15, 0.15))
     width = 20 if stance.lift > 5 else 27
     canvas.polygon([(x + px * unit, foot + py * unit) for px, py in ellipse(0, 0, width, 4)], (60, 60, 70))
     behind = canvas.image.copy()
-    arms = [stance.arms[side] + rng.uniform(-6, 6) for side in (0, 1)]
+    arms = [stance.arms[side] + rng.uniform(-3, 3) for side in (0, 1)]
     far = 0 if turn >= 0 else 1  # a turned figure's near arm is in front of its body
     _draw_legs(shown)
     _draw_arm(shown, far, arms[far])

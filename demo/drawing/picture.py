@@ -17,7 +17,7 @@ from .figure import draw_figure
 from .scene import draw_scene
 from .style import finish
 
-VERSION = 3
+VERSION = 4
 """Of the drawing: another one makes other pictures."""
 #: The part of the region map in which an attribute or an axis of a look is seen.
 PART_OF = {
@@ -39,13 +39,13 @@ def render(figures: Sequence[Figure], looks: Sequence[Look], scene: str, style: 
            size: int = SIZE, touching: bool = False) -> Picture:  # fmt: skip
     """A picture of one or two figures, left to right. `touching`: two stand so near that they overlap."""
     canvas = Canvas(size, INKS[style])
-    draw_scene(canvas, scene, rng, rng.uniform(76, 90))
+    draw_scene(canvas, scene, rng, rng.uniform(80, 86))
     for index, (figure, look) in enumerate(zip(figures, looks, strict=True)):
         if len(figures) > 1:
-            height, x = rng.uniform(66, 75), (44, 84)[index] if touching else (33, 92)[index] + rng.uniform(-3, 3)
+            height, x = rng.uniform(69, 72), (44, 84)[index] if touching else (31, 90)[index] + rng.uniform(-1.5, 1.5)
         else:
-            height, x = rng.uniform(76, 90), SIZE / 2 + rng.uniform(-12, 8)
-        foot = rng.uniform(116, 122)
+            height, x = rng.uniform(81, 85), SIZE / 2 - 2 + rng.uniform(-2, 2)
+        foot = rng.uniform(118, 120)
         draw_figure(canvas, figure, look, rng, x, foot, height, index * NEXT_FIGURE)
     # A pixel's middle: what of a part is wider than a pixel is never missed.
     regions = np.asarray(canvas.regions)[OVER // 2 :: OVER, OVER // 2 :: OVER]

@@ -31,7 +31,7 @@ def draw_scene(canvas: Canvas, scene: str, rng: random.Random, horizon: float) -
 
 def _forest(canvas: Canvas, rng: random.Random, horizon: float) -> None:
     for i in range(5):
-        x, top = i * 30 + rng.uniform(-8, 8), rng.uniform(8, 30)
+        x, top = i * 30 + rng.uniform(-3, 3), (12, 26)[i % 2] + rng.uniform(-3, 3)
         canvas.polygon(box(x - 3, horizon - 26, x + 3, horizon + 4), (96, 66, 44))
         for step in range(3):
             y = top + step * (horizon - top - 14) / 3
@@ -41,30 +41,29 @@ def _forest(canvas: Canvas, rng: random.Random, horizon: float) -> None:
 
 def _beach(canvas: Canvas, rng: random.Random, horizon: float) -> None:
     canvas.polygon(box(0, horizon - 20, SIZE, horizon + 2), (44, 134, 196))
-    x = rng.choice((16, 64, 112)) + rng.uniform(-6, 6)
+    x = rng.choice((16, 112)) + rng.uniform(-3, 3)
     canvas.polygon(ellipse(x, 18, 11, 11), (255, 226, 110))
-    for _ in range(4):
-        wave = rng.uniform(0, SIZE)
-        y = horizon - rng.uniform(4, 16)
+    for i in range(4):
+        wave, y = 4 + 34 * i + rng.uniform(-4, 4), horizon - (5, 14)[i % 2] + rng.uniform(-2, 2)
         canvas.line([(wave, y), (wave + 12, y)], 1.5, (220, 240, 250))
 
 
 def _city(canvas: Canvas, rng: random.Random, horizon: float) -> None:
     x = -4.0
-    while x < SIZE:
-        width, top = rng.uniform(18, 28), rng.uniform(8, 52)
-        shade = rng.randint(76, 128)
+    for house in range(6):
+        width, top = 23 + rng.uniform(-1.5, 1.5), (18, 44, 26)[house % 3] + rng.uniform(-4, 4)
+        shade = (84, 116)[house % 2]
         canvas.polygon(box(x, top, x + width - 2, horizon + 2), (shade, shade, shade + 16))
-        for wy in np.arange(top + 5, horizon - 6, 10):
-            for wx in np.arange(x + 4, x + width - 7, 8):
-                lit = (250, 232, 150) if rng.random() < 0.6 else (60, 64, 84)
+        for row, wy in enumerate(np.arange(top + 5, horizon - 6, 10)):
+            for column, wx in enumerate(np.arange(x + 4, x + width - 7, 8)):
+                lit = (250, 232, 150) if (house + row + column) % 3 else (60, 64, 84)
                 canvas.polygon(box(wx, wy, wx + 4, wy + 5), lit)
         x += width
     canvas.line([(0, horizon + 14), (SIZE, horizon + 14)], 1.5, (230, 230, 200))
 
 
 def _snow(canvas: Canvas, rng: random.Random, horizon: float) -> None:
-    for x, top in ((rng.uniform(0, 40), rng.uniform(24, 40)), (rng.uniform(80, 128), rng.uniform(18, 36))):
+    for x, top in ((rng.uniform(16, 24), rng.uniform(28, 34)), (rng.uniform(100, 108), rng.uniform(20, 26))):
         canvas.polygon([(x - 42, horizon + 2), (x, top), (x + 42, horizon + 2)], (164, 184, 212))
         canvas.polygon([(x - 11, top + 14), (x, top), (x + 11, top + 14)], (250, 252, 255))
     for _ in range(22):
@@ -73,9 +72,9 @@ def _snow(canvas: Canvas, rng: random.Random, horizon: float) -> None:
 
 
 def _desert(canvas: Canvas, rng: random.Random, horizon: float) -> None:
-    canvas.polygon(ellipse(rng.uniform(10, 118), horizon + 2, 46, 18, 180, 360), (208, 148, 80))
-    for x in (rng.uniform(4, 30), rng.uniform(98, 124)):
-        top = horizon - rng.uniform(26, 42)
+    canvas.polygon(ellipse(rng.uniform(54, 74), horizon + 2, 46, 18, 180, 360), (208, 148, 80))
+    for x in (rng.uniform(14, 20), rng.uniform(108, 114)):
+        top = horizon - rng.uniform(32, 38)
         for part in (box(x - 4, top, x + 4, horizon + 10, 3), box(x - 12, top + 10, x - 7, top + 24, 2),
                      box(x - 12, top + 19, x, top + 24), box(x + 7, top + 6, x + 12, top + 18, 2),
                      box(x, top + 13, x + 12, top + 18)):  # fmt: skip
@@ -86,17 +85,17 @@ def _space(canvas: Canvas, rng: random.Random, horizon: float) -> None:
     for _ in range(34):
         x, y, r = rng.uniform(0, SIZE), rng.uniform(0, horizon), rng.uniform(0.5, 1.3)
         canvas.polygon(ellipse(x, y, r, r), (250, 246, 220))
-    x, y = rng.choice((20, 108)) + rng.uniform(-6, 6), rng.uniform(16, 34)
+    x, y = rng.choice((20, 108)) + rng.uniform(-3, 3), rng.uniform(22, 27)
     canvas.polygon(ellipse(x, y, 13, 13), (216, 130, 96))
     canvas.line(ellipse(x, y, 20, 5, -30, 330), 2, (240, 214, 170))
-    for _ in range(4):
-        x = rng.uniform(0, SIZE)
-        canvas.polygon(ellipse(x, horizon + rng.uniform(5, 22), 8, 3), (100, 96, 116))
+    for i in range(4):
+        x = 16 + 32 * i + rng.uniform(-4, 4)
+        canvas.polygon(ellipse(x, horizon + (8, 18)[i % 2] + rng.uniform(-2, 2), 8, 3), (100, 96, 116))
 
 
 def _sea(canvas: Canvas, rng: random.Random, horizon: float) -> None:
-    for x in (rng.uniform(2, 26), rng.uniform(26, 46), rng.uniform(84, 104), rng.uniform(104, 126)):
-        top = rng.uniform(30, 62)
+    for x in (8, 30, 98, 120):
+        x, top = x + rng.uniform(-3, 3), rng.uniform(42, 50)
         ys = np.linspace(horizon + 8, top, 9)
         canvas.line([(x + 4 * math.sin(i * 1.6), float(y)) for i, y in enumerate(ys)], 5, (36, 150, 96))
     for _ in range(11):
@@ -106,7 +105,7 @@ def _sea(canvas: Canvas, rng: random.Random, horizon: float) -> None:
 
 
 def _room(canvas: Canvas, rng: random.Random, horizon: float) -> None:
-    x = rng.choice((8, 88)) + rng.uniform(-4, 4)
+    x = rng.choice((8, 88)) + rng.uniform(-2, 2)
     canvas.polygon(box(x - 2, 14, x + 34, 52), (250, 246, 236))
     canvas.polygon(box(x, 16, x + 32, 50), (150, 206, 240))
     canvas.line([(x + 16, 16), (x + 16, 50)], 2, (250, 246, 236))
