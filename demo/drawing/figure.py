@@ -77,7 +77,8 @@ def draw_figure(canvas: Canvas, figure: Figure, look: Look, rng: random.Random, 
     pen = Pen(canvas, (x, lifted), unit, -stance.tilt + rng.uniform(-1.5, 1.5), first_part)
     colour = _COLOURS[figure.body]
     turn = _TURNS[look.view]
-    shown = _Shown(pen, figure, look, colour, mix(colour, INK, 0.38), stance, turn, turn * 0.7 + rng.uniform(-0.15, 0.15))
+    glance = turn * 0.7 + rng.uniform(-0.15, 0.15)
+    shown = _Shown(pen, figure, look, colour, mix(colour, INK, 0.38), stance, turn, glance)
     width = 20 if stance.lift > 5 else 27
     canvas.polygon([(x + px * unit, foot + py * unit) for px, py in ellipse(0, 0, width, 4)], (60, 60, 70))
     behind = canvas.image.copy()
