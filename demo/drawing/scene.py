@@ -94,8 +94,8 @@ def _space(canvas: Canvas, rng: random.Random, horizon: float) -> None:
 
 
 def _sea(canvas: Canvas, rng: random.Random, horizon: float) -> None:
-    for x in (8, 30, 98, 120):
-        x, top = x + rng.uniform(-3, 3), rng.uniform(42, 50)
+    for middle in (8, 30, 98, 120):
+        x, top = middle + rng.uniform(-3, 3), rng.uniform(42, 50)
         ys = np.linspace(horizon + 8, top, 9)
         canvas.line([(x + 4 * math.sin(i * 1.6), float(y)) for i, y in enumerate(ys)], 5, (36, 150, 96))
     for _ in range(11):
