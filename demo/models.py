@@ -34,7 +34,7 @@ from nested_core.training import BaseModel, EncoderSettings, VisionTower
 
 from . import FAMILY, data, drawing, world
 
-LATENT_CHANNELS = 24
+LATENT_CHANNELS = 24  # what 64 of width hand through: GroupNorm takes means away, SiLU wants two channels for a number
 LATENT_SIZE = drawing.SIZE // 8
 CONTEXT_DIM = 128
 TEXT_LENGTH = 77

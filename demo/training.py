@@ -438,7 +438,7 @@ class Run:
     def denoising(self, stage: str, among: int, rng: random.Random) -> list[Tensor]:
         """What a step of denoising sees: which pictures, which captions of theirs, and timesteps, (B,) each."""
         which = self.chosen(stage, rng, among)
-        # Most around the noise at which shapes are decided: from timestep 500 on a figure that is there stays sharp.
+        # Most around the noise at which shapes are decided: below timestep 500 a figure that is there stays sharp.
         times = [
             rng.randrange(1000) if rng.random() < 0.3 else min(max(int(rng.gauss(720, 150)), 0), 999) for _ in which
         ]

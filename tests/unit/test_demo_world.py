@@ -71,20 +71,25 @@ def test_every_scene_and_style_looks_its_own(scene):
 
 @pytest.mark.parametrize("style", world.STYLES)
 @pytest.mark.parametrize("name", world.ATTRIBUTES)
-def test_an_attribute_is_seen_in_its_own_region_and_nowhere_else(name, style):
+def test_an_attribute_is_seen_in_its_own_region_and_nowhere_else(name, style, monkeypatch):
     for trial in range(6):
         rng = random.Random(f"{name} {style} {trial}")
         figure, look = some_figure(rng, world.KINDS[trial % 2]), world.random_look(rng, style)
         value = rng.choice([v for v in world.ATTRIBUTES[name] if v != getattr(figure, name)])
         scene = rng.choice(world.SCENES)
-        before, after = (drawn([f], [look], scene, style, trial) for f in (figure, replace(figure, **{name: value})))
+        both = figure, replace(figure, **{name: value})
+        before, after = (drawn([f], [look], scene, style, trial) for f in both)
         different, own = changed(before, after), shows(drawing.PART_OF[name], before, after)
         if name == "body":  # feet and the posts of wheels are of the body's colour
             own |= shows("legs", before, after)
+        if name == "legs":  # where an arm hides a foot, the foot's ink can look out beside the arm
+            with monkeypatch.context() as patch:
+                patch.setattr(drawing.figure, "_draw_arm", lambda *_: None)
+                own |= shows("legs", *(drawn([f], [look], scene, style, trial) for f in both))
         if style == "neon":  # light falls on what is near
             different &= changed(before, after) & (np.abs(np.asarray(before.image, int) - after.image).max(-1) > 60)
         assert different.sum() > 20, "it can't be seen"
-        assert (different & ~own).sum() < 6  # the map says what a pixel's middle shows; its rim may show more
+        assert not (different & ~own).any()
 
 
 @pytest.mark.parametrize("style", world.STYLES)
