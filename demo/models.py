@@ -108,13 +108,15 @@ def codec() -> AutoencoderDC:
 
     Pixels are folded into channels and out of them again (space to depth), so that few convolutions run at full size.
     """
-    widths, layers, nothing = (32, 32, 64, 128), (0, 1, 1, 2), ((), (), (), ())
+    nothing: Any = ((), (), (), ())
     made: Any = AutoencoderDC(
         latent_channels=LATENT_CHANNELS, scaling_factor=1.0, encoder_out_shortcut=False, decoder_in_shortcut=False,
-        encoder_block_out_channels=widths, encoder_layers_per_block=layers, encoder_qkv_multiscales=nothing,
-        decoder_block_out_channels=widths, decoder_layers_per_block=layers, decoder_qkv_multiscales=nothing,
+        encoder_block_out_channels=(32, 32, 64, 128), encoder_layers_per_block=(0, 1, 1, 2),
+        decoder_block_out_channels=(64, 64, 128, 128), decoder_layers_per_block=(0, 3, 3, 1),
+        encoder_qkv_multiscales=nothing, decoder_qkv_multiscales=nothing,
     )  # fmt: skip
-    made.register_to_config(block_out_channels=widths)  # where Stable Diffusion's pipeline reads the size of a latent
+    # Where Stable Diffusion's pipeline reads the size of a latent.
+    made.register_to_config(block_out_channels=made.config.encoder_block_out_channels)
     return made
 
 

@@ -79,10 +79,10 @@ PLANS = {
     "cpu": {
         "codec": Plan(4500, 16, 1.5e-3), "half": Plan(1182, 32, 1e-3), "base": Plan(6000, 32, 1e-3),
         "probe": Plan(3000, 32, 2e-3), "vision": Plan(2000, 64, 1e-3), "qformer": Plan(600, 64, 1e-3),
-        "encoder": Plan(1600, 32, 3e-3), "controlnet": Plan(1000, 32, 5e-4), "lora": Plan(400, 32, 2e-3),
+        "encoder": Plan(800, 64, 3e-3), "controlnet": Plan(1000, 32, 5e-4), "lora": Plan(400, 32, 2e-3),
     },
     "cuda": {
-        "codec": Plan(5000, 64, 1e-3), "half": Plan(3000, 256, 1.5e-3), "base": Plan(7000, 256, 1.5e-3),
+        "codec": Plan(5000, 64, 1e-3), "half": Plan(3000, 256, 1.5e-3), "base": Plan(7500, 256, 1.5e-3),
         "probe": Plan(4000, 64, 2e-3),
         "vision": Plan(4000, 64, 1e-3), "qformer": Plan(1000, 64, 1e-3), "encoder": Plan(800, 64, 3e-3),
         "controlnet": Plan(1000, 64, 5e-4), "lora": Plan(400, 64, 2e-3),
@@ -591,7 +591,7 @@ class Run:
             steps=max(2, round(int(match["steps"] or planned.steps) * self.scale)),
             batch_size=planned.batch,
             seed=self.seed + int(match["seed"] or 0),
-            workers=1,
+            workers=0,
             save_every=250,
             keep=1,
             tracker="none",

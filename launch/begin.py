@@ -25,7 +25,7 @@ def keep(run, stage):
     out = {name: part.contiguous() for name, part in out.items()}
     save_file(out, MADE / "base.safetensors", {"stage": stage, "step": str(state["step"])})
     print(stage, state["step"])
-def begin():
+def begin(decoder=None):
     torch.manual_seed(20)
     base, packed = Base(), load_file(MADE / "base.safetensors") if (MADE / "base.safetensors").is_file() else {}
     with torch.no_grad():
@@ -34,7 +34,13 @@ def begin():
             if packed[name].dtype == torch.int8: found = found * packed[f"{name} scale"].float().view(-1, *[1] * (found.ndim - 1))
             weight.copy_(found)
     codec = models.codec()
-    codec.load_state_dict(load_file(MADE / "codec.safetensors"))
+    weights = load_file(MADE / "codec.safetensors")
+    decoder = Path(decoder) if decoder else None
+    # The decoder of the codec of 27.2 dB was smaller than the one of models.codec(): then it is made anew.
+    fits = {n: w for n, w in weights.items() if codec.state_dict().get(n, w[None]).shape == w.shape}
+    if len(fits) < len(weights): fits = {n: w for n, w in weights.items() if n.startswith("encoder.")}
+    if decoder: fits |= load_file(decoder)
+    codec.load_state_dict(fits, strict=False)
     with safe_open(MADE / "codec.safetensors", "pt") as file: codec.register_to_config(scaling_factor=float(file.metadata()["scaling_factor"]))
     export.write_checkpoint(WEIGHTS / CHECKPOINT, base.unet, base.text_encoder, codec)
 if __name__ == "__main__":

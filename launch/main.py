@@ -2,8 +2,8 @@
 import os, shutil, subprocess, sys, time
 from pathlib import Path
 ROOT = Path(os.environ.get("W", "/root/w")); HOME = ROOT.parent
-T0 = time.time(); SCALE = float(os.environ.get("SCALE", 1)); LOG = HOME / "log"; PACK = HOME / "pack"
-for d in (LOG, PACK): d.mkdir(exist_ok=True)
+T0 = time.time(); SCALE = float(os.environ.get("SCALE", 1)); LOG = HOME / "log"; PACK = HOME / "pack"; GO = HOME / "go"; MEASURE = HOME / "measure"
+for d in (LOG, PACK, ROOT / "docs" / "images", ROOT / "docs" / "assets"): d.mkdir(exist_ok=True, parents=True)
 def say(*a):
     with open(HOME / "say.log", "a") as f: f.write(f"== {time.time() - T0:.0f} {' '.join(map(str, a))}\n")
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -24,16 +24,55 @@ def make_run():
 def keep(name, module):
     from safetensors.torch import save_file
     save_file({k: v.detach().cpu().half().contiguous().clone() for k, v in module.state_dict().items()}, PACK / f"{name}.safetensors")
+EARLY = ("captions", "arrays", "crops", "decoder", "references", "export")
 def one(name, args):
+    if name.startswith("evaluate"):
+        ready(MEASURE)
+        return evaluate(*args)
+    if name not in EARLY: ready(GO)
     run = make_run()
-    if name == "arrays": run.captions(); run.cells(); run.weighing()
+    if name == "captions": run.captions()
+    elif name == "arrays": run.cells(); run.weighing(); run.parts(16)
+    elif name == "decoder": decoder(run)
     elif name == "crops": run.crops(run.pictures()); run.crops(run.unseen(), "unseen_crops")
     elif name == "references":
         from demo import lessons
         lessons.references(run.folder / "references.u8", run.pictures(), run.seed)
-    elif name == "evaluate": evaluate(*args)
     elif hasattr(run, name): getattr(run, name)()
     else: run.encoder(name)
+def decoder(run):
+    """The codec's decoder, trained anew for the latents that its encoder makes already: "codec" of demo/training.py with the encoder frozen."""
+    import torch, torch.nn.functional as F
+    from safetensors.torch import save_file
+    from demo import drawing, models
+    codec, shown, unseen = run.codec(), run.pictures(), run.unseen()
+    codec.encoder.requires_grad_(False)
+    pictures, crop = run.placed(shown.pixels), 64
+    side = torch.arange(crop, device=run.device)
+    def draw(rng):
+        chosen = run.chosen("codec", rng, len(shown))
+        return [torch.tensor(of) for of in (chosen, *([rng.randrange(0, drawing.SIZE - crop + 1, 8) for _ in chosen] for _ in range(2)))]
+    def loss(chosen, top, left):
+        pixels = models.normalise(pictures[chosen[:, None, None], top[:, None, None] + side[:, None], left[:, None, None] + side])
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(): latents = codec.encoder(pixels).float()
+        out = codec.decoder(latents + 0.03 * torch.randn_like(latents)).float()
+        error = out - pixels
+        edges = F.l1_loss(out.diff(dim=2), pixels.diff(dim=2)) + F.l1_loss(out.diff(dim=3), pixels.diff(dim=3))
+        return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges, {"mse": error.detach().square().mean()}
+    def note(step):
+        errors = []
+        for start in range(0, len(unseen), 50):
+            pixels = run.pixels(unseen.pixels, list(range(start, min(start + 50, len(unseen)))))
+            errors.append((codec.decoder(codec.encoder(pixels)) - pixels).square().flatten(1).mean(1))
+        errors = torch.cat(errors).float()
+        return {"unseen PSNR": float(10 * torch.log10(4 / errors.mean())), "mean of each": float((10 * torch.log10(4 / errors)).mean())}
+    run.fit("codec", codec.decoder.requires_grad_(True), loss, draw, 0, name="decoder", note=note, note_every=500)
+    save_file({f"decoder.{k}": v.detach().cpu().half().contiguous().clone() for k, v in codec.decoder.state_dict().items()}, PACK / "decoder.safetensors")
+def ready(*files):
+    """Imports what a part needs and waits for these files: starting takes as long as a hundred steps."""
+    import torch, demo.training, demo.lessons, kit.evaluation.run
+    while not all(f.exists() for f in files): time.sleep(0.2)
 def evaluate(k, n, *parts):
     """Worker k of n makes a share of the conditions; k = n: the report, from what they made."""
     from kit.evaluation import cases, run as R
@@ -56,15 +95,22 @@ def main():
     import begin; begin.begin()
     run = make_run(); say("imported")
     run.pictures(); run.unseen(); say("drawn")
-    arrays, crops = part("arrays", nice=2), part("crops", nice=2)
+    arrays, captions, crops = part("arrays", nice=2), part("captions", nice=2), part("crops", nice=5)
+    decoder = part("decoder")
     run.latents(); say("latents")
-    say("arrays", arrays.wait(), "crops", crops.wait())
+    say("arrays", arrays.wait(), "captions", captions.wait())
     references = part("references", nice=15)
+    from demo.encoders import COMPARED
+    names = ("nested", "controlnet", "lora", "obedience", *(COMPARED if SCALE == 1 else ("decoupled", "one_value_pairs", "nested_200_steps")))
+    going = {name: part(name, nice=5) for name in names}
+    parts = ("table", "frontier", "budget", "pairs", "unconditional", "focus", "identity", "tokens", "views", "attention")
+    n = 8 if SCALE == 1 else 2
+    workers = [part(f"evaluate{k}", str(k), str(n), *parts, nice=10) for k in range(n)]
     base = run.base(); keep("base", base); say("base")
     del base; torch.cuda.is_available() and torch.cuda.empty_cache()
-    say("references", references.wait())
-    from demo.encoders import COMPARED
-    going = {name: part(name) for name in ("nested", "controlnet", "lora", "obedience", *(COMPARED if SCALE == 1 else ("decoupled", "one_value_pairs", "nested_200_steps")))}
+    say("decoder", decoder.wait(), "crops", crops.wait(), "references", references.wait())
+    begin.begin(PACK / "decoder.safetensors")
+    GO.touch()
     exported = None
     while going:
         for name, p in list(going.items()):
@@ -74,11 +120,9 @@ def main():
             exported = part("export")
         time.sleep(0.3)
     say("export", exported.wait())
-    parts = ("table", "frontier", "budget", "pairs", "unconditional", "focus", "identity", "tokens", "views", "attention")
-    n = 8 if SCALE == 1 else 2
-    workers = [subprocess.Popen([sys.executable, str(ME), "evaluate", str(k), str(n), *parts], cwd=ROOT, stdout=open(LOG / f"evaluate{k}.log", "w"), stderr=subprocess.STDOUT) for k in range(n)]
+    MEASURE.touch()
     say("evaluated", [w.wait() for w in workers])
-    say("report", subprocess.call([sys.executable, str(ME), "evaluate", str(n), str(n), *parts], cwd=ROOT, stdout=open(LOG / "report.log", "w"), stderr=subprocess.STDOUT))
+    say("report", subprocess.call([sys.executable, str(ME), f"evaluate{n}", str(n), str(n), *parts], cwd=ROOT, stdout=open(LOG / "report.log", "w"), stderr=subprocess.STDOUT))
     (HOME / "all").touch()
 if __name__ == "__main__":
     one(sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else main()

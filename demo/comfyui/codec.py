@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHANNELS = 24
-_WIDTHS = (32, 64, 128)
+_ENCODER, _DECODER = (32, 64, 128), (64, 128, 128)
+"""Channels from the largest grid to the smallest."""
 
 _Conv = comfy.ops.disable_weight_init.Conv2d
 
@@ -73,15 +74,16 @@ class Codec(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        low, middle, high = _WIDTHS
+        low, middle, high = _ENCODER
         self.taesd_encoder = nn.Sequential(
             _Fold(3, low, False), _Residual(low), _Fold(low, middle), _Residual(middle), _Fold(middle, high),
             _Residual(high), _Residual(high), _Conv(high, CHANNELS, 3, padding=1),
         )  # fmt: skip
+        low, middle, high = _DECODER
         self.taesd_decoder = nn.Sequential(
-            nn.Identity(), _Conv(CHANNELS, high, 3, padding=1), _Residual(high), _Residual(high),
-            _Unfold(high, middle), _Residual(middle), _Unfold(middle, low), _Residual(low), _Norm(low), nn.ReLU(),
-            _Unfold(low, 3, False),
+            nn.Identity(), _Conv(CHANNELS, high, 3, padding=1), _Residual(high),
+            _Unfold(high, middle), *(_Residual(middle) for _ in range(3)),
+            _Unfold(middle, low), *(_Residual(low) for _ in range(3)), _Norm(low), nn.ReLU(), _Unfold(low, 3, False),
         )  # fmt: skip
         self.vae_scale, self.vae_shift = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.0))
 
