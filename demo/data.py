@@ -114,7 +114,13 @@ def pictures(folder: Path, name: str, count: int, seed: int, *, held_out: bool =
     return Pictures(mapped["pixels"], mapped["regions"], entries)
 
 
-def plain_prompt(entry: Entry) -> str:
-    """The prompt that names all that a prompt can name: classes with their looks, scene and style."""
-    phrases = [world.phrase(figure.kind, look) for figure, look in zip(entry.figures, entry.looks, strict=True)]
+def plain_prompt(entry: Entry, word_first: bool = False) -> str:
+    """The prompt that names all that a prompt can name: classes with their looks, scene and style.
+
+    word_first: as `world.phrase` has it.
+    """
+    phrases = [
+        world.phrase(figure.kind, look, word_first=word_first)
+        for figure, look in zip(entry.figures, entry.looks, strict=True)
+    ]
     return world.prompt(phrases, entry.scene, entry.style)

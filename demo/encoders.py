@@ -12,13 +12,14 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "one_value": {"tokens": 1},
     "decoupled": {"method": "decoupled", "value_norm": "none", "alpha": 1.0, "learn_alpha": False},
 }
+SHIPPED = "nested_pairs_longer"
 ENCODER_NAME = re.compile(
     rf"(?P<method>{'|'.join(ENCODERS)})(?P<pairs>_pairs)?(_(?P<tokens>\d+)_tokens)?(_(?P<norm>{'|'.join(VALUE_NORMS)})_norm)?"
-    r"(_alpha(?P<alpha>\d+))?(_(?P<features>last))?(_(?P<steps>\d+)_steps)?(_seed(?P<seed>\d+))?"
+    r"(_alpha(?P<alpha>\d+))?(_(?P<features>last))?(_(?P<steps>\d+)_steps)?(_seed(?P<seed>\d+))?(?P<longer>_longer)?"
 )
-#: What `scripts/evaluate.py` compares with the shipped encoder: both regimes, three seeds each; shorter ones; tokens.
+#: What `scripts/evaluate.py` compares: both regimes, three seeds each; shorter ones; tokens.
 COMPARED = (
     *(f"{method}{seed}" for seed in ("_seed1", "_seed2") for method in ENCODERS),
     *(f"{method}_pairs{seed}" for seed in ("", "_seed1", "_seed2") for method in ENCODERS),
-    *(f"{method}_200_steps" for method in ENCODERS), "one_value", "decoupled", "nested_4_tokens",
+    *(f"{method}_200_steps" for method in ENCODERS), *ENCODERS, "nested_4_tokens",
 )  # fmt: skip

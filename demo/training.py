@@ -37,6 +37,7 @@ from nested_core.training.precision import fastest
 
 from . import data, drawing, export, models, world
 from .encoders import COMPARED, ENCODER_NAME, ENCODERS
+from .encoders import SHIPPED as SHIPPED_ENCODER
 from .fit import Draw, Loss, Recipe, fit
 from .judging import answers_of, judge, kinds_of, parts_of, portrayed, score, share_right, stray, true_of
 from .lessons import (
@@ -79,13 +80,14 @@ PLANS = {
     "cpu": {
         "codec": Plan(4500, 16, 1.5e-3), "half": Plan(1182, 32, 1e-3), "base": Plan(6000, 32, 1e-3),
         "probe": Plan(3000, 32, 2e-3), "vision": Plan(2000, 64, 1e-3), "qformer": Plan(600, 64, 1e-3),
-        "encoder": Plan(800, 64, 3e-3), "controlnet": Plan(1000, 32, 5e-4), "lora": Plan(400, 32, 2e-3),
+        "encoder": Plan(800, 64, 3e-3), "longer": Plan(2400, 64, 2e-3), "controlnet": Plan(1000, 32, 5e-4),
+        "lora": Plan(400, 32, 2e-3),
     },
     "cuda": {
         "codec": Plan(5000, 64, 1e-3), "half": Plan(3000, 256, 1.5e-3), "base": Plan(7500, 256, 1.5e-3),
         "probe": Plan(4000, 64, 2e-3),
         "vision": Plan(4000, 64, 1e-3), "qformer": Plan(1000, 64, 1e-3), "encoder": Plan(800, 64, 3e-3),
-        "controlnet": Plan(1000, 64, 5e-4), "lora": Plan(400, 64, 2e-3),
+        "longer": Plan(2400, 64, 2e-3), "controlnet": Plan(1000, 64, 5e-4), "lora": Plan(400, 64, 2e-3),
     },
 }  # fmt: skip
 
@@ -584,11 +586,18 @@ class Run:
             settings = replace(settings, alpha=float(match["alpha"]), learn_alpha=False)
         if match["features"]:
             settings = replace(settings, image_features="last")
-        base, tower, codec, planned = self.base(), self.vision(), self.codec(), PLANS[self.device.type]["encoder"]
+        base, tower, codec = self.base(), self.vision(), self.codec()
+        planned, init = PLANS[self.device.type]["encoder"], None
+        if match["longer"]:
+            planned = PLANS[self.device.type]["longer"]
+            shorter = self.folder / name.removesuffix("_longer") / "encoder.safetensors"
+            init = InitConfig(
+                encoder=str(shorter if shorter.is_file() else self.encoder(shorter.parent.name)), layers="file"
+            )
         config = TrainingConfig(
             output=str(self.folder / name),
             compile=self.compiled,
-            steps=max(2, round(int(match["steps"] or planned.steps) * self.scale)),
+            steps=max(2, round(int((not match["longer"] and match["steps"]) or planned.steps) * self.scale)),
             batch_size=planned.batch,
             seed=self.seed + int(match["seed"] or 0),
             workers=0,
@@ -596,9 +605,10 @@ class Run:
             keep=1,
             tracker="none",
             encoder=settings,
-            init=InitConfig(encoder=str(self.qformer(settings.tokens, settings.image_features)), layers="unet"),
+            init=init
+            or InitConfig(encoder=str(self.qformer(settings.tokens, settings.image_features)), layers="unet"),
             optimiser=OptimiserConfig(
-                qformer_rate=5e-4, layers_rate=planned.rate, warmup=100, schedule="cosine", ema=0.995
+                qformer_rate=planned.rate / 6, layers_rate=planned.rate, warmup=100, schedule="cosine", ema=0.995
             ),
             loss=LossConfig(mask_weight=PART_WEIGHT, drop_text=0.05),
             samples=SampleConfig(every=500, count=6, seeds=3, guidance=4.0),
@@ -646,7 +656,7 @@ class Run:
         export.write_vision(folder / VISION, self.vision())
         probe = {name: weight.half().contiguous() for name, weight in self.probe().state_dict().items()}
         export.write_file(folder / PROBE, probe, "Small World: the probe that scores pictures")
-        encoder = load_encoder(self.encoder("nested"))
+        encoder = load_encoder(self.encoder(SHIPPED_ENCODER))
         write_encoder(folder / ENCODER, encoder.half())
         for path in (self.controlnet(), self.lora()):
             shutil.copyfile(path, folder / path.name)
@@ -714,6 +724,5 @@ def _chosen(logits: Tensor, truth: Tensor, places: list[int]) -> float:
 
 
 STAGES = (
-    "codec", "base", "probe", "obedience", "vision", "qformer", "nested", "one_value", "decoupled", "controlnet",
-    "lora", "export",
+    "codec", "base", "probe", "obedience", "vision", "qformer", SHIPPED_ENCODER, "controlnet", "lora", "export",
 )  # fmt: skip

@@ -107,12 +107,17 @@ def other_look(rng: random.Random, look: Look, style: str) -> Look:
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def phrase(word: str, look: Look | None = None, named: Collection[str] = tuple(LOOKS)) -> str:
-    """A figure in words: "smiling wooden robot waving facing left holding a balloon". named: axes that are said."""
+def phrase(word: str, look: Look | None = None, named: Collection[str] = tuple(LOOKS), word_first: bool = False) -> str:
+    """A figure in words: "smiling wooden robot waving facing left holding a balloon". named: axes that are said.
+
+    word_first: "robot smiling wooden waving ...", as no caption of the training has it.
+    """
     if look is None:
         return word
     said = {name: getattr(look, name) for name in named}
     parts = [said.get("expression"), said.get("material"), word, said.get("pose")]
+    if word_first:
+        parts = [word, *parts[:2], parts[3]]
     if "view" in said:
         parts.append(f"facing {look.view}")
     if "held" in said:

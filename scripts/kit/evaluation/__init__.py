@@ -10,6 +10,7 @@ METHODS = {
 TITLES = {
     "table": "One subject",
     "frontier": "Identity and prompt, over strengths",
+    "order": "Looks that are said before the class word, and after it",
     "budget": "Identity and prompt, by how long was trained",
     "pairs": "Two subjects in one picture",
     "apart": "Two subjects, with Separate Subjects",

@@ -70,7 +70,7 @@ class Batched(Bench):
 
     def _make(self, condition: Condition, chosen: tuple[NestedEncoder, str] | None, wanted: Sequence[Wanted]) -> Tensor:
         cases = [case for case, _ in wanted]
-        prompts = [data.plain_prompt(case.entry) for case in cases]
+        prompts = [data.plain_prompt(case.entry, condition.word_first) for case in cases]
         words = [[figure.kind for figure in case.entry.figures] for case in cases]
         negatives = [f"a {of_case[0]}" if condition.negative else "" for of_case in words]
         tokens = models.tokenizer()(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from demo import data, models, shipped, world
+from demo.encoders import SHIPPED
 from demo.lessons import other_entry
 from nested_core.files import whole
 
@@ -48,6 +49,8 @@ class Condition:
     or "black" (the class word, and on it the tokens of a black picture).
 
     touching: two subjects in poses that reach out, with an umbrella: they touch.
+
+    word_first: no word of a subject's look stands before its class word.
     """
 
     method: str
@@ -62,6 +65,7 @@ class Condition:
     touching: bool = False
     cfg: float = 4.0
     negative: str = ""
+    word_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,6 +240,10 @@ class Bench(ABC):
 
     def condition(self, method: str, **changes: Any) -> Condition:
         return Condition(method, "" if method in WITHOUT_SUBJECT else method, **changes)
+
+    def shipped(self, **changes: Any) -> Condition:
+        """With the encoder that is shipped."""
+        return Condition("nested", SHIPPED, **changes)
 
 
 def _digest(paths: Iterable[Path]) -> str:

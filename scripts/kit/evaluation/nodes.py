@@ -38,7 +38,7 @@ class Nodes(Bench):
 
     def graph(self, condition: Condition, case: Case, number: int = 0) -> Graph:
         """Raises ValueError where a condition asks for what is only measured in diffusers."""
-        usual = replace(condition, alpha=1.0, focus=1.0, views=1, negative="")
+        usual = replace(condition, alpha=1.0, focus=1.0, views=1, negative="", word_first=False)
         if condition != usual or condition.method in ("decoupled", "drawn"):
             raise ValueError(f"{condition} is measured in diffusers.")
         entry = case.entry

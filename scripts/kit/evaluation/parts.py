@@ -30,20 +30,20 @@ GUIDANCE = (1.5, 3.0, 5.0, 7.5)
 TOKENS = (1, 4, 16)
 BUDGETS = ("_200_steps", "")
 VIEWS = (1, 2, 4)
+AS_SHIPPED = "as shipped"
 
 Rows = list[tuple[str, Scores]]
 
 
 def table(bench: Batched) -> Rows:
     """One subject, every method in both regimes; trainings are pooled, each with its own noise."""
-    first = "first training, first noise"
     return [
         ("as drawn, through the codec", bench.measure(Condition("drawn"))),
         (METHODS["none"], _without(bench)),
         *((f"{METHODS[method]}, {REGIMES[regime]}", _trainings(bench, method, regime))
           for method, regime in _trained(bench)),
         (f"{METHODS['none']}, first noise", bench.measure(bench.condition("none"))),
-        (f"{METHODS['nested']}, {first}", bench.measure(bench.condition("nested"))),
+        (f"{METHODS['nested']}, {AS_SHIPPED}", bench.measure(bench.shipped())),
     ]  # fmt: skip
 
 
@@ -55,7 +55,22 @@ def frontier(bench: Batched) -> Rows:
            _trainings(bench, method, regime, strength=value))
           for method, regime in _trained(bench)
           for value in STRENGTHS),
+        *((f"{METHODS['nested']}, {AS_SHIPPED}, strength {value:g}", bench.measure(bench.shipped(strength=value)))
+          for value in STRENGTHS),
     ]  # fmt: skip
+
+
+def order(bench: Batched) -> Rows:
+    """Whether a look is heard from its own words or from the class word, which has read what stands before it."""
+    rows = []
+    for first, title in ((False, "smiling wooden robot"), (True, "robot smiling wooden")):
+        rows.append((f"{title}, {METHODS['none']}", bench.measure(bench.condition("none", word_first=first))))
+        rows += [
+            (f"{title}, {METHODS[method]}, {REGIMES[regime]}",
+             bench.measure(Condition(method, f"{method}{regime}", word_first=first)))
+            for method, regime in _trained(bench) if regime
+        ]  # fmt: skip
+    return rows
 
 
 def _trained(bench: Bench) -> list[tuple[str, str]]:
@@ -82,23 +97,24 @@ def pairs(bench: Batched) -> Rows:
     rows = [(METHODS["none"], _without(bench, 0.67, pair=True))]
     for method, regime in _trained(bench):
         rows.append((f"{METHODS[method]}, {REGIMES[regime]}", _trainings(bench, method, regime, 0.67, pair=True)))
+    rows.append((f"{METHODS['nested']}, {AS_SHIPPED}", bench.measure(bench.shipped(pair=True), 0.67)))
     return rows
 
 
 def focus(bench: Batched) -> Rows:
-    return [(f"focus {x:g}", bench.measure(bench.condition("nested", focus=x))) for x in FOCUS]
+    return [(f"focus {x:g}", bench.measure(bench.shipped(focus=x))) for x in FOCUS]
 
 
 def nodes(bench: Nodes) -> Rows:
     """The shipped encoder and no subject, for the table's rows of the same names."""
-    return [(METHODS[name], bench.measure(bench.condition(name))) for name in ("none", "nested")]
+    return [
+        (METHODS["none"], bench.measure(bench.condition("none"))),
+        (f"{METHODS['nested']}, {AS_SHIPPED}", bench.measure(bench.shipped())),
+    ]
 
 
 def separation(bench: Nodes) -> Rows:
-    return [
-        (f"separation {x:g}", bench.measure(bench.condition("nested", pair=True, separation=x), 0.67))
-        for x in SEPARATION
-    ]
+    return [(f"separation {x:g}", bench.measure(bench.shipped(pair=True, separation=x), 0.67)) for x in SEPARATION]
 
 
 def apart(bench: Nodes) -> Rows:
@@ -108,7 +124,7 @@ def apart(bench: Nodes) -> Rows:
         said = {"pair": True, "touching": touching}
         rows.append((f"{title}, {METHODS['none']}", bench.measure(bench.condition("none", **said), 0.67)))
         for x in APART:
-            scores = bench.measure(bench.condition("nested", apart=x, **said), 0.67)
+            scores = bench.measure(bench.shipped(apart=x, **said), 0.67)
             rows.append((f"{title}, Separate Subjects {x:g}" if x else f"{title}, without it", scores))
     return rows
 
@@ -141,7 +157,7 @@ def budget_title(steps: str) -> str:
 
 
 def identity(bench: Batched) -> Rows:
-    return [(f"α x {x:g}", bench.measure(bench.condition("nested", alpha=x))) for x in IDENTITIES]
+    return [(f"α x {x:g}", bench.measure(bench.shipped(alpha=x))) for x in IDENTITIES]
 
 
 def unconditional(bench: Batched) -> Rows:
@@ -151,10 +167,10 @@ def unconditional(bench: Batched) -> Rows:
     """
     rows = []
     for cfg in GUIDANCE:
-        nothing = bench.measure(bench.condition("nested", cfg=cfg))
+        nothing = bench.measure(bench.shipped(cfg=cfg))
         rows.append((f"cfg {cfg:g}, nothing", nothing))
         for negative, title in (("word", "the class word"), ("black", "a black picture on the class word")):
-            scores = bench.measure(bench.condition("nested", cfg=cfg, negative=negative))
+            scores = bench.measure(bench.shipped(cfg=cfg, negative=negative))
             pairs = zip(scores.right["identity"], nothing.right["identity"], strict=True)
             scores.right["gain"] = [one - other for one, other in pairs]
             rows.append((f"cfg {cfg:g}, {title}", scores))
@@ -217,13 +233,13 @@ def tokens(bench: Batched) -> Rows:
 
 
 def views(bench: Batched) -> Rows:
-    return [(f"{n} views", bench.measure(bench.condition("nested", views=n))) for n in VIEWS]
+    return [(f"{n} views", bench.measure(bench.shipped(views=n))) for n in VIEWS]
 
 
 #: In diffusers, where batches are large and any encoder opens.
 BATCHED: dict[str, Callable[[Batched], Rows]] = {
-    "table": table, "frontier": frontier, "budget": budget, "pairs": pairs, "identity": identity, "focus": focus,
-    "unconditional": unconditional, "tokens": tokens, "views": views, "attention": attention,
+    "table": table, "frontier": frontier, "order": order, "budget": budget, "pairs": pairs, "identity": identity,
+    "focus": focus, "unconditional": unconditional, "tokens": tokens, "views": views, "attention": attention,
 }  # fmt: skip
 #: In ComfyUI, through the nodes.
 NODES: dict[str, Callable[[Nodes], Rows]] = {"nodes": nodes, "separation": separation, "apart": apart}

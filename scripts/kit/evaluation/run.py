@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from demo import export, shipped
-from demo.encoders import COMPARED
+from demo.encoders import COMPARED, SHIPPED
 from nested_core.checkpoint import load_encoder
 
 from .. import small_world
@@ -62,7 +62,7 @@ def _through_the_nodes(host: Path, identities: int, part: str) -> None:
             "NestedEncodeSubject", "NestedApplySubject", "NestedApplySubjectAdvanced", "NestedSeparateSubjects"
         )  # fmt: skip
         check_nodes(server, {kind: node(kind) for kind in ours})
-        encoders = {"nested": models / "nested_attention" / shipped.ENCODER}
+        encoders = {SHIPPED: models / "nested_attention" / shipped.ENCODER}
         bench = Nodes(server, names, encoders, identities, KNOWN)
         rows = NODES[part](bench)
         notes = []
@@ -72,9 +72,9 @@ def _through_the_nodes(host: Path, identities: int, part: str) -> None:
 
 
 def trained_encoders(run: Path, partial: bool = False) -> dict[str, Path]:
-    """The encoders that a run trained to their end on the shipped base model, by their names; "nested" is shipped.
+    """The encoders that a run trained to their end on the shipped base model, by their names; SHIPPED is shipped.
 
-    Raises SetupError where one is missing that is compared and not `partial`, or where "nested" is another.
+    Raises SetupError where one is missing that is compared and not `partial`, or where SHIPPED is another.
     """
     base = export.fingerprint(export.load_checkpoint(shipped.WEIGHTS / shipped.CHECKPOINT)[0])
     found, left = {}, []
@@ -89,17 +89,17 @@ def trained_encoders(run: Path, partial: bool = False) -> dict[str, Path]:
         else:
             found[name] = file
     left += [
-        f"there is no {name}" for name in ("nested", *COMPARED) if not (run / name / "encoder.safetensors").is_file()
+        f"there is no {name}" for name in (SHIPPED, *COMPARED) if not (run / name / "encoder.safetensors").is_file()
     ]
     if left:
         say(f"in {run}:\n" + "\n".join(left))
-    if "nested" not in found or (left and not partial):
+    if SHIPPED not in found or (left and not partial):
         raise SetupError(
             f"Encoders are missing in {run}. Train them with python demo/train.py --stage compared, or measure those "
-            "that are there (nested must be) with --partial."
+            f"that are there ({SHIPPED} must be) with --partial."
         )
     ours, theirs = (
-        load_encoder(path).half().state_dict() for path in (found["nested"], shipped.WEIGHTS / shipped.ENCODER)
+        load_encoder(path).half().state_dict() for path in (found[SHIPPED], shipped.WEIGHTS / shipped.ENCODER)
     )
     if ours.keys() != theirs.keys() or any(not torch.equal(ours[name], theirs[name]) for name in ours):
         raise SetupError(f"The shipped encoder is not that of {run}: python demo/train.py --stage export writes it.")
