@@ -183,13 +183,13 @@ def with_models(workflow: dict[str, Any], folder: Path) -> dict[str, Any]:
         if node["type"] == "LoadImage":
             changes["image"] = pictures[node["title"]]
         for name, change in changes.items():
-            place = _widget_place(node, name)
+            place = widget_place(node, name)
             widgets[place] = change(widgets[place]) if callable(change) else change
         node.get("properties", {}).pop("models", None)  # where to download the files that were named there
     return workflow
 
 
-def _widget_place(node: dict[str, Any], name: str) -> int:
+def widget_place(node: dict[str, Any], name: str) -> int:
     """Where a widget's value stands among the node's."""
     names: list[str] = []
     for entry in node["inputs"]:

@@ -37,9 +37,12 @@ def workflow(name):
 
 
 def in_a_few_steps(graph):
+    # What Check Encoder finds is looked at in test_check.
+    quicker = {"KSampler": ("steps", 6), "NestedCheckEncoder": ("size", 64)}
     for node in graph["nodes"]:
-        if node["type"] == "KSampler":
-            node["widgets_values"][2] = 6
+        if node["type"] in quicker:
+            name, value = quicker[node["type"]]
+            node["widgets_values"][small_world.widget_place(node, name)] = value
     return graph
 
 
