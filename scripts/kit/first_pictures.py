@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from demo import world
 from demo.world import Look
 from nested_core.files import whole
 
@@ -20,6 +21,8 @@ from .paths import REPO, STATE
 from .server import USUAL_PORT, Server, is_free
 
 SHEET = "contact_sheet.png"
+#: What prompts say of looks. A material is said before the class word, and is the photo's (docs/evaluation.md).
+NAMED = [name for name in world.LOOKS if name != "material"]
 #: What the prompts of a row ask for: looks of each subject, scene, style.
 Asked = tuple[tuple[Look, ...], str, str]
 _ONE: tuple[Asked, ...] = (
@@ -68,7 +71,7 @@ def contact_sheet(server: Server, names: dict[str, str], seed: int) -> Path:
     check_nodes(server, subject_graph(names, "", robots))
 
     def picture(subjects: list[Shown], asked: Asked, bound: bool) -> Image.Image:
-        prompt = small_world.prompt(subjects, asked[1], asked[2], asked[0], bound)
+        prompt = small_world.prompt(subjects, asked[1], asked[2], asked[0], bound, NAMED)
         graph = subject_graph(names, prompt, subjects if bound else (), seed=seed, prefix="nested_attention/quickstart")
         say(prompt if bound else f"{prompt}, without the node")
         (file,) = saved_pictures(server, asyncio.run(run_graph(server, graph, quiet=True)))
@@ -84,7 +87,7 @@ def contact_sheet(server: Server, names: dict[str, str], seed: int) -> Path:
             ]
             drawn.append([*photos, *cells])
         _, scene, style = every[0]
-        prompt = small_world.prompt(subjects, scene, style, every[0][0])
+        prompt = small_world.prompt(subjects, scene, style, every[0][0], named=NAMED)
         images = [image for image, _ in photos]
         looks.append(first_look.Row(subjects, images, prompt, made[True][0], made[False][0]))
     path = server.output / SHEET

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +118,15 @@ def write_portraits(
 
 
 def prompt(
-    subjects: Sequence[Shown], scene: str, style: str, looks: Sequence[world.Look | None] = (), bound: bool = True
-) -> str:
-    """The prompt for subjects in a scene, in looks if any are given; `bound` False: with their class words."""
+    subjects: Sequence[Shown], scene: str, style: str, looks: Sequence[world.Look | None] = (), bound: bool = True,
+    named: Collection[str] = tuple(world.LOOKS),
+) -> str:  # fmt: skip
+    """The prompt for subjects in a scene, in looks if any are given; `bound` False: with their class words.
+
+    named: what is said of a look.
+    """
     words = [s.placeholder if bound else s.class_word for s in subjects]
-    phrases = [world.phrase(word, look) for word, look in zip(words, looks or [None] * len(words), strict=True)]
+    phrases = [world.phrase(word, look, named) for word, look in zip(words, looks or [None] * len(words), strict=True)]
     return world.prompt(phrases, scene, style)
 
 
@@ -131,7 +135,7 @@ def prompt(
 _WORDS = {"person": "robot", "woman": "creature", "man": "robot"}
 #: The prompts of workflows/, in this world's words.
 _PROMPTS = {
-    "a photo of <person> in a garden, soft light": "a smiling plush <person> waving in the forest, flat drawing",
+    "a photo of <person> in a garden, soft light": "a smiling <person> waving in the forest, flat drawing",
     "a photo of <anna> on the left and <ben> on the right, in a garden, soft light":
         "a smiling <anna> waving and an angry <ben> standing in the snow, comic drawing",
     "a photo of <person> reading in a library": "a surprised <person> sitting in the room, watercolour drawing",
@@ -144,7 +148,7 @@ _PROMPTS = {
     "a photo of <person>, detailed face": "a <person> in the desert, flat drawing",
     "a photo of <anna> in a red coat on the left and <ben> on the right, in a garden, soft light":
         "a <anna> and a <ben> in the snow, crayon drawing",
-    "an oil painting of <person> in the mountains": "a wooden <person> dancing in space, watercolour drawing",
+    "an oil painting of <person> in the mountains": "a <person> dancing in space, watercolour drawing",
     "bad anatomy, monochrome, lowres, worst quality, low quality": "",
 }  # fmt: skip
 _SMALLER = 1024 // SIZE
@@ -166,8 +170,8 @@ _WIDGETS: dict[str, dict[str, Any]] = {
     "GrowMask": {"expand": lambda expand: expand // 4},
     "KSampler": {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"},
     "NestedExplain": {"x": 0.28, "y": 0.62},
-    # What this world's encoder was trained with is about 15, what the public one was trained with is 2.
-    "NestedGridValues": {"down": "8, 15, 30"},
+    # What this world's encoder was trained with is about 3.5, what the public one was trained with is 2.
+    "NestedGridValues": {"down": "2, 3.5, 7"},
 }
 
 

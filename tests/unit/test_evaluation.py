@@ -11,7 +11,7 @@ import pytest
 from demo import data, models, world
 from kit.evaluation import METHODS
 from kit.evaluation.cases import AXES, Bench, Condition, Scores, pooled
-from kit.evaluation.frontier import Line, compared, lines_of, strengths_at
+from kit.evaluation.frontier import Line, compared, lines_of, strengths_costing
 from kit.evaluation.report import COLUMNS, _markdown, plot, plot_axes
 
 CASES = 20
@@ -89,8 +89,9 @@ def test_methods_are_told_apart_with_intervals():
     assert 0.1 < low < middle < high < 0.3
     assert len(ahead[1].split(",")) == 3, "training by training"
     assert "not reached" not in text.split("Identity where")[0]
-    strengths = strengths_at(lines, REGIME)
-    assert strengths[METHODS["one_value"]] > strengths[METHODS["nested"]]
+    strengths = {name.split(",")[0]: value for name, value in strengths_costing(lines, 0.1).items()}
+    assert strengths[METHODS["nested"]] > 1 > strengths[METHODS["decoupled"]]
+    assert set(strengths_costing(lines, 0.9).values()) == {1.5}, "more than any loses"
     assert compared({name: one for name, one in lines.items() if "nested" in name}, REGIME, pairs) == []
 
 

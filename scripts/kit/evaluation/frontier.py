@@ -28,6 +28,10 @@ class Line:
     strengths: list[float]
     values: dict[str, np.ndarray]
 
+    def first(self, trainings: int) -> Line:
+        """Of the first trainings alone."""
+        return Line(self.strengths, {question: values[:trainings] for question, values in self.values.items()})
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values["identity"].shape
@@ -113,14 +117,12 @@ def compared(lines: dict[str, Line], regime: str, pairs: Sequence[tuple[str, str
     return text
 
 
-def strengths_at(lines: dict[str, Line], regime: str) -> dict[str, float]:
-    """{method's title: strength} at which the methods of a regime have the same identity."""
-    of_it = {name.removesuffix(f", {regime}"): line for name, line in lines.items() if name.endswith(regime)}
-    most, found = common_identity([*of_it.values()]), {}
-    for name, line in of_it.items():
-        place = line.place("identity", most)
-        assert place is not None
-        found[name] = _between(np.array(line.strengths), place)
+def strengths_costing(lines: dict[str, Line], loss: float) -> dict[str, float]:
+    """{line's title: strength} at which each has lost so much alignment against no subject; its last one at most."""
+    found = {}
+    for name, line in lines.items():
+        place = line.place("alignment", float(line.curve("alignment")[0]) - loss)
+        found[name] = line.strengths[-1] if place is None else _between(np.array(line.strengths), place)
     return found
 
 
@@ -164,11 +166,12 @@ def _differences(
         if one not in of_it or other not in of_it:
             continue
         levels = [most, most - 0.1] if held == "identity" else [base["alignment"] - loss for loss in LOSSES]
+        trainings, _, cases = min(of_it[one].shape, of_it[other].shape)
+        lines = [of_it[name].first(trainings) for name in (one, other)]
         for value in levels:
-            less = functools.partial(_less, of_it[one], of_it[other], held, value)
-            trainings, _, cases = of_it[one].shape
+            less = functools.partial(_less, *lines, held, value)
             single = [less([i], range(cases)) for i in range(trainings)]
-            told = _interval(of_it[one], less)
+            told = _interval(lines[0], less)
             each = ", ".join("not reached" if np.isnan(x) else f"{x:+.2f}" for x in single)
             text.append(f"| {one} less {other}: {HELD[held]} at {held} {value:.2f} | {_signed(told)} | {each} |")
     return text

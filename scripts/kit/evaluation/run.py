@@ -20,11 +20,11 @@ from ..paths import REPO, STATE
 from ..server import Server
 from . import TITLES
 from .batched import Batched
-from .frontier import lines_of, strengths_at
+from .frontier import lines_of, strengths_costing
 from .nodes import Nodes
-from .parts import BATCHED, NODES, REGIMES, touching
+from .parts import BATCHED, NODES, touching
 from .report import write_report
-from .sheet import write_sheet
+from .sheet import COST, write_sheet
 
 WORK = STATE / "evaluation"
 KNOWN = WORK / "answers"
@@ -47,7 +47,7 @@ def evaluate(
         rows = BATCHED[part](bench)
         write_report(bench, part, rows)
         if part == "frontier":
-            strengths = strengths_at(lines_of(rows), next(iter(REGIMES.values())))
+            strengths = strengths_costing(lines_of(rows), COST)
             write_sheet(bench, REPO / "docs" / "images" / "methods.png", strengths)
 
 

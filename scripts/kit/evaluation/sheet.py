@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from demo.world import Look
 from .. import small_world
 from . import METHODS
 from .batched import Batched
-from .cases import Case
+from .cases import Case, Condition
+from .parts import AS_SHIPPED, REGIMES
 
 #: What is asked for, column by column: a look, a scene, a style.
 ASKED = (
@@ -27,26 +29,41 @@ ASKED = (
     (Look("surprised", "glass", "dancing", "front", "lantern"), "city", "neon"),
     (Look("smiling", "wooden", "standing", "right", "nothing"), "room", "pencil"),
 )
-SUBJECTS = ((7, "robot"), (3, "creature"))
+SUBJECT = (7, "robot")
+COST = 0.05
+"""Of alignment, against no subject: how strong each method is."""
 
 
 def write_sheet(bench: Batched, path: Path, strengths: dict[str, float], seed: int = 5) -> None:
-    """A PNG: for each of SUBJECTS its photo, and a row of ASKED per method. strengths: by the methods' titles."""
-    rows = [(number, kind, method) for number, kind in SUBJECTS for method in bench.methods()[::-1]]
+    """A PNG: a photo, and a row of ASKED per method. strengths: by the titles of the frontier's lines."""
+    cases = cases_of(*SUBJECT, seed)
+    rows = conditions(bench, strengths)
     page = Figure(figsize=(2.0 * (len(ASKED) + 1), 2.06 * len(rows) + 0.6), dpi=110, layout="constrained")
     grid = page.subplots(len(rows), len(ASKED) + 1, squeeze=False)
-    for row, (number, kind, method) in enumerate(rows):
-        cases = cases_of(number, kind, seed)
-        condition = bench.condition(method, strength=strengths.get(METHODS[method], 1.0))
+    photo = small_world.portrait(cases[0].entry.figures[0], 1, cases[0].references[0]).image
+    for row, (title, condition) in enumerate(rows):
         made = list(bench.pictures(condition, [(case, 0) for case in cases]))
-        photo = small_world.portrait(cases[0].entry.figures[0], 1, cases[0].references[0]).image
-        _fill(grid[row], [np.asarray(photo), *made], METHODS[method], show_first=method == bench.methods()[-1])
-    for axes, case in zip(grid[0][1:], cases_of(*SUBJECTS[0], seed), strict=True):
-        asked = data.plain_prompt(case.entry).replace("robot", "<subject>")
+        _fill(grid[row], [np.asarray(photo), *made], title, show_first=row == 0)
+    for axes, case in zip(grid[0][1:], cases, strict=True):
+        asked = data.plain_prompt(case.entry).replace(SUBJECT[1], "<subject>")
         axes.set_title("\n".join(textwrap.wrap(asked, 26)), fontsize=7.5)
     grid[0][0].set_title("photo", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.savefig(path)
+
+
+def conditions(bench: Batched, strengths: dict[str, float]) -> list[tuple[str, Condition]]:
+    """Title and condition of each row: the shipped encoder, those that learned from other pictures, no subject."""
+    regime = next(regime for regime in REGIMES if regime)
+    rows = [(f"{METHODS['nested']}, {AS_SHIPPED}", bench.shipped())]
+    rows += [
+        (METHODS[method], Condition(method, f"{method}{regime}"))
+        for method in bench.methods()[::-1]
+        if f"{method}{regime}" in bench.encoders
+    ]
+    lines = [rows[0][0], *(f"{title}, {REGIMES[regime]}" for title, _ in rows[1:])]
+    rows = [(title, replace(of, strength=strengths[line])) for (title, of), line in zip(rows, lines, strict=True)]
+    return [*rows, (METHODS["none"], bench.condition("none"))]
 
 
 def cases_of(number: int, kind: str, seed: int) -> list[Case]:
