@@ -20,7 +20,7 @@ def main() -> None:
         type=_stage,
         help=f"only this stage and those it needs: one of {', '.join(STAGES)}, compared (the encoders that the "
         "evaluation compares), pipeline (files for the training's command line), or an encoder trained otherwise "
-        "(tokens, value_norm, alpha, features, steps, seed), such as nested_4_tokens_seed1 or "
+        "(tokens, value_norm, alpha, features, steps, seed, longer), such as nested_4_tokens_seed1 or "
         "nested_none_norm_3000_steps",
     )
     parser.add_argument("--seed", type=int, default=0)

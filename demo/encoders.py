@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 from nested_core.attention import VALUE_NORMS
@@ -23,3 +25,12 @@ COMPARED = (
     *(f"{method}_pairs{seed}" for seed in ("", "_seed1", "_seed2") for method in ENCODERS),
     *(f"{method}_200_steps" for method in ENCODERS), *ENCODERS, "nested_4_tokens",
 )  # fmt: skip
+
+
+def finished(folder: Path) -> bool:
+    """Whether the encoder of a folder is trained to its end."""
+    config, metrics = folder / "config.json", folder / "metrics.jsonl"
+    if not (config.is_file() and metrics.is_file() and (folder / "encoder.safetensors").is_file()):
+        return False
+    done = [json.loads(line)["step"] for line in metrics.read_text("utf-8").splitlines()]
+    return bool(done) and done[-1] == json.loads(config.read_text("utf-8"))["steps"]

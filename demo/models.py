@@ -399,10 +399,6 @@ def labels(entry: data.Entry) -> dict[str, int]:
     return answers
 
 
-def parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> [-1, 1] (B, 3, H, W)."""
     return pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1

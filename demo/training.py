@@ -36,7 +36,7 @@ from nested_core.training import (
 from nested_core.training.precision import fastest
 
 from . import data, drawing, export, models, world
-from .encoders import COMPARED, ENCODER_NAME, ENCODERS
+from .encoders import COMPARED, ENCODER_NAME, ENCODERS, finished
 from .encoders import SHIPPED as SHIPPED_ENCODER
 from .fit import Draw, Loss, Recipe, fit
 from .judging import answers_of, judge, kinds_of, parts_of, portrayed, score, share_right, stray, true_of
@@ -590,10 +590,9 @@ class Run:
         planned, init = PLANS[self.device.type]["encoder"], None
         if match["longer"]:
             planned = PLANS[self.device.type]["longer"]
-            shorter = self.folder / name.removesuffix("_longer") / "encoder.safetensors"
-            init = InitConfig(
-                encoder=str(shorter if shorter.is_file() else self.encoder(shorter.parent.name)), layers="file"
-            )
+            shorter = self.folder / name.removesuffix("_longer")
+            begun = shorter / "encoder.safetensors" if finished(shorter) else self.encoder(shorter.name)
+            init = InitConfig(encoder=str(begun), layers="file")
         config = TrainingConfig(
             output=str(self.folder / name),
             compile=self.compiled,
@@ -618,8 +617,13 @@ class Run:
         examples = Examples(shown, self.latents(), references(path, shown, self.seed) if pairs else self.crops(shown))
         parts = models.base_model(base.unet, base.text_encoder, codec, tower)
         # Which base it is for: the evaluation refuses to run it on another.
-        (self.folder / name).mkdir(parents=True, exist_ok=True)
-        (self.folder / name / "base.txt").write_text(export.fingerprint(base.unet), "utf-8")
+        about, fits = self.folder / name / "base.txt", export.fingerprint(base.unet)
+        if about.is_file() and about.read_text("utf-8") != fits:
+            raise SystemExit(
+                f"{about.parent} has an encoder for another base model: move it away, or name another --out."
+            )
+        about.parent.mkdir(parents=True, exist_ok=True)
+        about.write_text(fits, "utf-8")
         path = train(config, parts, examples)
         metrics = (self.folder / name / "metrics.jsonl").read_text("utf-8").splitlines()
         said = json.loads(metrics[-1])

@@ -32,8 +32,6 @@ LOOKS: dict[str, tuple[str, ...]] = {
 }
 SCENES = ("forest", "beach", "city", "snow", "desert", "space", "sea", "room")
 STYLES = ("flat", "comic", "watercolour", "crayon", "pencil", "neon")
-LINES = ("pencil", "neon")
-"""The styles that redraw a figure in lines only."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The small world for the quickstart, the tests and the evaluation: its shipped models, and pictures of its figures.
 
-The models are small ones that `demo/train.py` trained from nothing on drawn robots and creatures, and lie in
+The models are small ones that `demo/train.py` trained on drawn robots and creatures, and lie in
 `demo/weights`. ComfyUI's stock loaders open them once `demo/comfyui` is among its custom nodes.
 """
 

@@ -43,7 +43,7 @@ REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "demo"
 
 
-PROMPT = "a star belly red robot in the forest, flat drawing"
+PROMPT = "a smiling wooden robot waving in the forest, flat drawing"
 SCALING = 0.7183
 ONE, TWO = "a <bolt> in the forest, comic drawing", "a <bolt> and a <momo> in the snow, flat drawing"
 SUBJECTS = [("<bolt>", "robot"), ("<momo>", "creature")]

@@ -20,7 +20,6 @@ from demo.lessons import other_entry
 from nested_core.files import whole
 
 from ..paths import REPO
-from . import METHODS
 
 Told = dict[str, list[int]]
 """What the probe says of a case's pictures, by question."""
@@ -43,7 +42,7 @@ _CASES = (
 class Condition:
     """How pictures are made. method: of METHODS, or "drawn": what was asked for, as drawn, through the codec.
 
-    encoder: file in models/nested_attention. alpha: factor on the encoder's own.
+    encoder: a name of the bench's. alpha: factor on the encoder's own.
 
     apart: strength of Separate Subjects. negative: what the negative prompt is: "" (nothing), "word" (the class word)
     or "black" (the class word, and on it the tokens of a black picture).
@@ -233,10 +232,6 @@ class Bench(ABC):
         scores.add("own", float(np.mean(own)))
         scores.add("swapped", float(np.mean(swapped)))
         scores.add("neither", 1 - scores.right["own"][-1] - scores.right["swapped"][-1])
-
-    def methods(self) -> list[str]:
-        """Those of METHODS that can be measured."""
-        return [name for name in METHODS if name in WITHOUT_SUBJECT or name in self.encoders]
 
     def condition(self, method: str, **changes: Any) -> Condition:
         return Condition(method, "" if method in WITHOUT_SUBJECT else method, **changes)

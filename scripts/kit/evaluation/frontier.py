@@ -45,7 +45,7 @@ class Line:
     def place(self, held: str, value: float, *chosen: Sequence[int]) -> Place | None:
         """Where the line has at least `value` of what is held equal, and of the other the most; None: nowhere."""
         one, other = self.curve(held, *chosen), self.curve(HELD[held], *chosen)
-        found: list[Place] = [(i, 0.0) for i in range(len(one)) if one[i] >= value]
+        found: list[Place] = [(i, 0.0) for i in range(len(one)) if one[i] >= value - 1e-9]
         for i, (a, b) in enumerate(itertools.pairwise(one)):
             if (a - value) * (b - value) < 0:
                 found.append((i, float((value - a) / (b - a))))
@@ -118,11 +118,12 @@ def compared(lines: dict[str, Line], regime: str, pairs: Sequence[tuple[str, str
 
 
 def strengths_costing(lines: dict[str, Line], loss: float) -> dict[str, float]:
-    """{line's title: strength} at which each has lost so much alignment against no subject; its last one at most."""
+    """{line's title: strength} at which each has the most identity for so much alignment, against no subject."""
     found = {}
     for name, line in lines.items():
         place = line.place("alignment", float(line.curve("alignment")[0]) - loss)
-        found[name] = line.strengths[-1] if place is None else _between(np.array(line.strengths), place)
+        assert place is not None, "no subject loses nothing"
+        found[name] = _between(np.array(line.strengths), place)
     return found
 
 

@@ -108,7 +108,7 @@ def focus(bench: Batched) -> Rows:
 def nodes(bench: Nodes) -> Rows:
     """The shipped encoder and no subject, for the table's rows of the same names."""
     return [
-        (METHODS["none"], bench.measure(bench.condition("none"))),
+        (f"{METHODS['none']}, first noise", bench.measure(bench.condition("none"))),
         (f"{METHODS['nested']}, {AS_SHIPPED}", bench.measure(bench.shipped())),
     ]
 
@@ -241,5 +241,7 @@ BATCHED: dict[str, Callable[[Batched], Rows]] = {
     "table": table, "frontier": frontier, "order": order, "budget": budget, "pairs": pairs, "identity": identity,
     "focus": focus, "unconditional": unconditional, "tokens": tokens, "views": views, "attention": attention,
 }  # fmt: skip
+#: Those that compare with encoders that are not shipped.
+COMPARING = ("table", "frontier", "order", "budget", "pairs", "tokens")
 #: In ComfyUI, through the nodes.
 NODES: dict[str, Callable[[Nodes], Rows]] = {"nodes": nodes, "separation": separation, "apart": apart}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..paths import REPO
 from . import METHODS, TITLES
 from .cases import AXES, Bench
 from .frontier import compared, lines_of
-from .parts import BUDGETS, REGIMES, Rows, budget_title
+from .parts import AS_SHIPPED, BUDGETS, REGIMES, Rows, budget_title
 from .why import why
 
 #: The parts that are lines over strengths, and whose lines are compared with each other.
@@ -34,7 +35,13 @@ def write_report(bench: Bench, part: str, rows: Rows, notes: Sequence[str] = ())
 
     Other parts stay as the JSON has them, if they were made of the same. notes: stand under the part's table.
     """
-    docs, made = REPO / "docs", {"way": type(bench).__name__, "stamp": bench.stamp, "weights": bench.weights}
+    if not rows:
+        return
+    made: dict[str, Any] = {"way": type(bench).__name__, "stamp": bench.stamp, "weights": bench.weights}
+    made["encoders"] = {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in bench.encoders.items()
+    }
+    docs = REPO / "docs"
     path = docs / "evaluation.json"
     known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     known = {name: entry for name, entry in known.items() if _fits(entry, made)}
@@ -56,8 +63,10 @@ def write_report(bench: Bench, part: str, rows: Rows, notes: Sequence[str] = ())
     say(f"written: {docs / 'evaluation.md'}")
 
 
-def _fits(entry: dict[str, Any], made: dict[str, str]) -> bool:
-    """Whether a part was made with the same weights, and if in the same way, by the same code."""
+def _fits(entry: dict[str, Any], made: dict[str, Any]) -> bool:
+    """Whether a part was made with the same weights and encoders, and if in the same way, by the same code."""
+    if any(made["encoders"].get(name, digest) != digest for name, digest in entry.get("encoders", {}).items()):
+        return False
     return entry.get("weights") == made["weights"] and (entry["way"] != made["way"] or entry["stamp"] == made["stamp"])
 
 
@@ -81,7 +90,7 @@ _INTRODUCTION = """\
 Made by `python scripts/evaluate.py`. Figures are held out of every training, and so are their looks but those of pairs
 that reach out; shares are what an independent probe finds right, with 95 % intervals over figures. Encoders are
 compared in diffusers; one table shows that the nodes in ComfyUI come to the same. A method is trained three times in
-each regime, from the same Q-Former, with other batches, noises and first layers; its row is the mean of the three, each
+each regime, from the same Q-Former, with other batches and noises; its row is the mean of the three, each
 with a noise of its own.
 
 * *identity*: of the six attributes that no prompt names.
@@ -218,14 +227,8 @@ def _plot_lines(axes: Any, rows: list[dict[str, Any]], question: str) -> None:
         points = np.array([[row["identity"], row[question]] for row in of_it])  # (points, 2, mean and interval)
         spread = np.abs(points[:, :, 1:] - points[:, :, :1])
         dashed, colour = "crop" not in title, _colour(title)
-        axes.plot(
-            *points[:, :, 0].T,
-            "o--" if dashed else "o-",
-            color=colour,
-            label=_short(title),
-            lw=1.5 if dashed else 2,
-            ms=4,
-        )
+        style = "s:" if title.endswith(AS_SHIPPED) else "o--" if dashed else "o-"
+        axes.plot(*points[:, :, 0].T, style, color=colour, label=_short(title), lw=1.5 if dashed else 2, ms=4)
         axes.errorbar(
             *points[:, :, 0].T, xerr=spread[:, 0].T, yerr=spread[:, 1].T, fmt="none", ecolor=colour, alpha=0.25, lw=1
         )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from demo import export, shipped
-from demo.encoders import COMPARED, SHIPPED
-from nested_core.checkpoint import load_encoder
+from demo.encoders import COMPARED, SHIPPED, finished
 
 from .. import small_world
 from ..environment import SetupError, say
@@ -22,7 +18,7 @@ from . import TITLES
 from .batched import Batched
 from .frontier import lines_of, strengths_costing
 from .nodes import Nodes
-from .parts import BATCHED, NODES, touching
+from .parts import BATCHED, COMPARING, NODES, touching
 from .report import write_report
 from .sheet import COST, write_sheet
 
@@ -33,17 +29,17 @@ KNOWN = WORK / "answers"
 def evaluate(
     host: Callable[[], Path], run: Path, identities: int, only: Sequence[str] | None, partial: bool = False
 ) -> None:
-    """host: gives a ComfyUI, for the parts that need one. run: folder of demo/train.py, whose encoders are measured.
+    """host: gives a ComfyUI, for the parts that need one. run: folder of demo/train.py, whose encoders are compared.
     identities: held-out subjects. only: parts. partial: whether encoders may be missing.
 
-    Raises SetupError where they are, or where the shipped encoder is not the run's.
+    Raises SetupError where they are.
     """
-    encoders = trained_encoders(run, partial)
     for part in only or list(TITLES):
         if part in NODES:
             _through_the_nodes(host(), identities, part)
             continue
-        bench = Batched(encoders, identities, KNOWN)
+        compared = trained_encoders(run, partial) if part in COMPARING else {}
+        bench = Batched({SHIPPED: shipped.WEIGHTS / shipped.ENCODER, **compared}, identities, KNOWN)
         rows = BATCHED[part](bench)
         write_report(bench, part, rows)
         if part == "frontier":
@@ -72,35 +68,27 @@ def _through_the_nodes(host: Path, identities: int, part: str) -> None:
 
 
 def trained_encoders(run: Path, partial: bool = False) -> dict[str, Path]:
-    """The encoders that a run trained to their end on the shipped base model, by their names; SHIPPED is shipped.
+    """The encoders of COMPARED that a run trained to their end on the shipped base model, by their names.
 
-    Raises SetupError where one is missing that is compared and not `partial`, or where SHIPPED is another.
+    Raises SetupError where one is missing and not `partial`.
     """
     base = export.fingerprint(export.load_checkpoint(shipped.WEIGHTS / shipped.CHECKPOINT)[0])
     found, left = {}, []
-    for file in sorted(run.glob("*/encoder.safetensors")):
-        name = file.parent.name
-        steps = json.loads((file.parent / "config.json").read_text("utf-8"))["steps"]
-        done = [json.loads(line)["step"] for line in (file.parent / "metrics.jsonl").read_text("utf-8").splitlines()]
-        if (file.parent / "base.txt").read_text("utf-8") != base:
+    for name in COMPARED:
+        folder = run / name
+        if not (folder / "base.txt").is_file():
+            left.append(f"there is no {name}")
+        elif (folder / "base.txt").read_text("utf-8") != base:
             left.append(f"{name} was trained on another base model than the shipped one")
-        elif not done or done[-1] != steps:
-            left.append(f"{name} is not trained to its end, step {steps}")
+        elif not finished(folder):
+            left.append(f"{name} is not trained to its end")
         else:
-            found[name] = file
-    left += [
-        f"there is no {name}" for name in (SHIPPED, *COMPARED) if not (run / name / "encoder.safetensors").is_file()
-    ]
+            found[name] = folder / "encoder.safetensors"
     if left:
         say(f"in {run}:\n" + "\n".join(left))
-    if SHIPPED not in found or (left and not partial):
+    if left and not partial:
         raise SetupError(
-            f"Encoders are missing in {run}. Train them with python demo/train.py --stage compared, or measure those "
-            f"that are there ({SHIPPED} must be) with --partial."
+            f"Encoders are missing in {run}. Train them with python demo/train.py --shipped --stage compared, or "
+            "measure those that are there with --partial."
         )
-    ours, theirs = (
-        load_encoder(path).half().state_dict() for path in (found[SHIPPED], shipped.WEIGHTS / shipped.ENCODER)
-    )
-    if ours.keys() != theirs.keys() or any(not torch.equal(ours[name], theirs[name]) for name in ours):
-        raise SetupError(f"The shipped encoder is not that of {run}: python demo/train.py --stage export writes it.")
     return found

@@ -58,7 +58,7 @@ def conditions(bench: Batched, strengths: dict[str, float]) -> list[tuple[str, C
     rows = [(f"{METHODS['nested']}, {AS_SHIPPED}", bench.shipped())]
     rows += [
         (METHODS[method], Condition(method, f"{method}{regime}"))
-        for method in bench.methods()[::-1]
+        for method in [*METHODS][::-1]
         if f"{method}{regime}" in bench.encoders
     ]
     lines = [rows[0][0], *(f"{title}, {REGIMES[regime]}" for title, _ in rows[1:])]

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from demo import drawing
+
 from . import METHODS
 from .parts import AS_SHIPPED, REGIMES, STRENGTHS
 
 CROP, PAIRS = (REGIMES[regime] for regime in ("", "_pairs"))
 NEEDED = ("table", "frontier", "order", "budget", "attention")
-_PARTS = ("body", "belly", "hat", "eyes", "legs")
 
 
 def why(known: dict[str, Any]) -> list[str]:
     """Markdown of the last section, or nothing where a part of NEEDED is missing."""
     if any(part not in known for part in NEEDED):
         return []
+    try:
+        return _text(known).splitlines()
+    except KeyError:  # a row: an encoder was not there
+        return []
+
+
+def _text(known: dict[str, Any]) -> str:
     rows = {part: {row["name"]: row for row in known[part]["rows"]} for part in NEEDED}
 
     def said(part: str, row: str, question: str) -> str:
@@ -24,13 +32,15 @@ def why(known: dict[str, Any]) -> list[str]:
     def at_1(method: str, regime: str, question: str) -> str:
         return said("table", f"{METHODS[method]}, {regime}", question)
 
-    heard = {part: sum(row[part][0] for row in rows["attention"].values()) / len(rows["attention"]) for part in _PARTS}
+    heard = {
+        part: sum(row[part][0] for row in rows["attention"].values()) / len(rows["attention"]) for part in drawing.PARTS
+    }
     before, after = (f"{words}, {METHODS['none']}" for words in ("smiling wooden robot", "robot smiling wooden"))
     short = {m: said("budget", f"{METHODS[m]}, 200 steps, strength 1", "identity") for m in METHODS if m != "none"}
     full = {m: said("budget", f"{METHODS[m]}, all steps, strength 1", "identity") for m in METHODS if m != "none"}
     shipped = f"{METHODS['nested']}, {AS_SHIPPED}"
     gentle = f"{METHODS['nested']}, {PAIRS}, strength {STRENGTHS[3]:g}"
-    text = f"""
+    return f"""
 ## What decides
 
 The paper claims that nested attention keeps an identity and obeys the prompt where others trade one for the other. Of
@@ -69,4 +79,3 @@ For SDXL this means, as far as can be said without having tried it: its text enc
 what stands directly before a subject's word may be lost where it is bound. Say it after the word, or bind with less
 strength. How much SDXL hears from those words' own tokens is not known here.
 """
-    return text.splitlines()
