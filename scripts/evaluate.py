@@ -6,12 +6,12 @@
 
     python scripts/evaluate.py --partial        with the encoders that are there
 
-Subjects are held out of every training. Trained encoders are compared in diffusers,
-which opens the baselines as well and makes many pictures at a time, on a GPU where there is one; that the nodes come to
-the same, and what only nodes can do, is measured in a real ComfyUI. Writes docs/evaluation.md and .json, and
-docs/images/evaluation*.png and methods.png. Compared are the encoders that `demo/train.py --shipped --stage compared` left in its folder: `nested`, and
-`one_value` and `decoupled` (the baselines), each also with `_pairs` (references are other pictures) and with `_seed<S>`
-for other trainings, `_<N>_steps` for shorter ones, `nested_<N>_tokens`. Parts about the shipped encoder alone need none.
+Subjects are held out of every training. Trained encoders are compared in diffusers, which opens the baselines as well
+and makes many pictures at a time, on a GPU where there is one; that the nodes come to the same, and what only nodes can
+do, is measured in a real ComfyUI. Writes docs/evaluation.md and .json, and docs/images/evaluation*.png and methods.png.
+Compared are the encoders that `demo/train.py --shipped --stage compared` left in its folder: `nested`, and `one_value`
+and `decoupled` (the baselines), each also with `_pairs` (references are other pictures) and with `_seed<S>` for other
+trainings, `_<N>_steps` for shorter ones, `nested_<N>_tokens`. Parts about the shipped encoder alone need none.
 """
 
 from __future__ import annotations
