@@ -170,8 +170,8 @@ _WIDGETS: dict[str, dict[str, Any]] = {
     "GrowMask": {"expand": lambda expand: expand // 4},
     "KSampler": {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"},
     "NestedExplain": {"x": 0.28, "y": 0.62},
-    # What this world's encoder was trained with is about 3.5, what the public one was trained with is 2.
-    "NestedGridValues": {"down": "2, 3.5, 7"},
+    # What this world's encoder was trained with is about 6, what the public one was trained with is 2.
+    "NestedGridValues": {"down": "3, 6, 12"},
 }
 
 
