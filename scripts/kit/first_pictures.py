@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from demo import world
+from demo import data
 from demo.world import Look
 from nested_core.files import whole
 
@@ -21,14 +22,16 @@ from .paths import REPO, STATE
 from .server import USUAL_PORT, Server, is_free
 
 SHEET = "contact_sheet.png"
-#: What prompts say of looks. A material is said before the class word, and is the photo's (docs/evaluation.md).
-NAMED = [name for name in world.LOOKS if name != "material"]
+#: What prompts say of looks: short is easy to read.
+NAMED = ("expression", "pose")
+#: What a photo shows besides the figure: nothing that a prompt here asks for.
+_PHOTO = data.Entry([], [Look("sad", "plush", "standing", "front", "nothing")], "desert", "comic")
 #: What the prompts of a row ask for: looks of each subject, scene, style.
 Asked = tuple[tuple[Look, ...], str, str]
 _ONE: tuple[Asked, ...] = (
     ((Look("smiling", "plush", "waving", "front", "balloon"),), "forest", "flat"),
     ((Look("angry", "metal", "jumping", "left", "flag"),), "space", "comic"),
-    ((Look("sad", "wooden", "sitting", "right", "umbrella"),), "beach", "watercolour"),
+    ((Look("surprised", "wooden", "sitting", "right", "umbrella"),), "beach", "watercolour"),
     ((Look("surprised", "glass", "dancing", "front", "lantern"),), "city", "neon"),
     ((Look("smiling", "wooden", "standing", "right", "nothing"),), "room", "pencil"),
 )
@@ -66,7 +69,9 @@ def contact_sheet(server: Server, names: dict[str, str], seed: int) -> Path:
     Returns the sheet's file. Beside it are the single pictures, and the README's figure, which is made of some of them.
     """
     figures = small_world.held_out_figures(seed, 2, "robot") + small_world.held_out_figures(seed, 2, "creature")
-    robots, creatures = (small_world.write_portraits(part, server.input) for part in (figures[:2], figures[2:]))
+    photos_of = [replace(_PHOTO, figures=[figure]) for figure in figures]
+    shown = small_world.write_portraits(figures, server.input, 1, photos_of)
+    robots, creatures = shown[:2], shown[2:]
     rows = [([robots[0]], _ONE), ([creatures[0]], _ONE), ([robots[1], creatures[1]], _TWO)]
     check_nodes(server, subject_graph(names, "", robots))
 
