@@ -23,7 +23,7 @@ from . import small_world, studio
 from .environment import say
 from .paths import REPO
 
-THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 APART: dict[str, dict[str, float]] = {
     "as it is": {},
     "separation 1 in both Apply Subject (Advanced)": {"separation": 1.0},
@@ -163,7 +163,7 @@ class Seeing:
 
     def draw(self) -> None:
         """docs/images/attention_maps.png and explain_point.png: a picture of two figures, made from noise."""
-        entry, portraits, _, seed = _case(3, 2)
+        entry, portraits, _, seed = _case(20, 2)
         pictures, recording = self.sample(entry, portraits, None, seed)
         images, masks = self.run("NestedAttentionMaps", recording=recording, after=pictures)
         folder = REPO / "docs" / "images"

@@ -29,6 +29,8 @@ from .paths import REPO
 SIZE = drawing.SIZE
 EXTENSION = "nested-attention-small-world"
 FACE_DETECTOR = "small_world_finds_no_face.safetensors"
+_CLEAR = ("flat", "comic")
+"""Styles in which a picture looks like a photo: sharp and in colour."""
 _FOLDERS = {
     CHECKPOINT: "checkpoints", VISION: "clip_vision", ENCODER: "nested_attention", CONTROLNET: "controlnet",
     LORA: "loras",
@@ -85,10 +87,10 @@ def held_out_figures(seed: int, count: int, kind: str | None = None) -> list[wor
 
 
 def portrait(figure: world.Figure, seed: int, entry: data.Entry | None = None) -> drawing.Picture:
-    """A reference picture, a square around the figure: in some look, scene and style, or as an entry has them."""
+    """A reference picture, a square around the figure: in some look, scene and clear style, or as an entry has them."""
     rng = random.Random(f"portrait {figure} {seed}")
     if entry is None:
-        style = rng.choice(world.STYLES)
+        style = rng.choice(_CLEAR)
         entry = data.Entry([figure], [world.random_look(rng, style)], rng.choice(world.SCENES), style)
     picture = drawing.render(entry.figures, entry.looks, entry.scene, entry.style, rng, size=2 * SIZE)
     top, left, side = square_around(picture.regions, 0, 0.06)
