@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,18 +15,18 @@ from nested_core.checkpoint import load_encoder
 from nested_core.encoder import EncoderConfig, NestedEncoder
 
 from . import data, drawing, export, models
-from .lessons import portrait, unit
+from .lessons import unit
 from .shipped import CHECKPOINT, ENCODER, VISION, WEIGHTS
 
 CAPTION = "a <subject>"
 
 
 def portraits(count: int) -> Tensor:
-    """Robots, each cropped out of a picture in some look, scene and style: (count, 96, 96, 3), 0 to 1."""
+    """Robots in some look, scene and style, as the base model knows them: whole. (count, 128, 128, 3), 0 to 1."""
     rng = random.Random("check 0")
     entries = [data.random_entry(rng) for _ in range(count)]
     robots = [replace(entry, figures=[replace(entry.figures[0], kind="robot")]) for entry in entries]
-    return torch.stack([unit(portrait(entry, rng)) for entry in robots])
+    return torch.stack([unit(np.asarray(data.draw(entry, rng).image)) for entry in robots])
 
 
 def bench(

@@ -27,7 +27,7 @@ from nested_core.figures import to_image
 from .environment import say
 from .paths import REPO
 
-DRAWN = 8
+DRAWN = 16
 """Photos of one search."""
 _PAGE = REPO / "docs" / "check_encoder.md"
 _CHART = REPO / "docs" / "images" / "check_encoder.png"
@@ -92,7 +92,7 @@ def calibrate(run: Path, count: int, draws: int) -> None:
     photos = checking.portraits(count)
     files = [
         WEIGHTS / ENCODER,
-        *(path for path in sorted(run.glob("nested_*/encoder.safetensors")) if _otherwise(path)),
+        *(path for path in sorted(run.glob("nested*/encoder.safetensors")) if _otherwise(path)),
     ]
     every = [measure(path, photos, run / "check" / f"{path.parent.name}.pt") for path in files]
     rng = random.Random(0)
@@ -113,14 +113,16 @@ def calibrate(run: Path, count: int, draws: int) -> None:
 
 
 def _otherwise(path: Path) -> bool:
-    """Whether an encoder was trained with settings of its own, or for another time."""
+    """Whether an encoder was trained in a way of its own: another seed is none."""
     name = ENCODER_NAME.fullmatch(path.parent.name)
-    return bool(name and (name["norm"] or name["alpha"] or name["features"] or name["steps"]))
+    return bool(name and not (name["seed"] or name["tokens"] or name["longer"]))
 
 
 def _trained(path: Path) -> str:
+    if path.parent == WEIGHTS:
+        return "shipped"
     steps = re.search(r"_(\d+)_steps", path.parent.name)
-    return f"{steps[1]} steps" if steps else "shipped" if path.parent == WEIGHTS else "800 steps"
+    return f"{'pairs' if '_pairs' in path.parent.name else 'crops'}, {steps[1] if steps else 800} steps"
 
 
 def _row(title: str, measured: Measured, found: Sequence[Found]) -> tuple[str, list[tuple[float, bool]]]:
@@ -158,10 +160,10 @@ def _page(rows: list[str], told: list[tuple[float, bool]], draws: int, count: in
         f"What the report says of it, for {DRAWN} photos:", "", "```", *text.split("\n"), "```", "",
         "## Does it name the right settings, and is it as sure as it says?", "",
         f"{draws} searches per encoder, each with {DRAWN} photos drawn from {count}. All but the shipped encoder",
-        "are those that `python demo/train.py --shipped --stage NAME` left, with names such as",
-        "`nested_match_norm_alpha16_last_400_steps`. *right*: the share of searches that name the setting it was",
-        f"trained with (of α the nearest of {alphas}). *sure*: the share that calls the setting settled, at 95 % or",
-        "more. *works*: the share that says the encoder does something; the others say that they are not sure yet.", "",
+        "are those that `python demo/train.py --shipped --stage NAME` left, with names such as `nested` (it learns",
+        "from crops of its targets) or `nested_pairs` (from other pictures). *right*: the share of searches that name",
+        f"the setting it was trained with (of α the nearest of {alphas}). *sure*: the share that calls the setting",
+        "settled, at 95 % or more. *works*: the share that says that the encoder lowers the error.", "",
         "| trained with | works | features, right | sure | norm, right | sure | α, right | sure |",
         "|---|---|---|---|---|---|---|---|", *rows, "",
         f"Over all of them: {len(certain)} settings were called 95 % sure or more, and {_share(certain)} of these are",

@@ -31,7 +31,7 @@ from nested_core.errors import NestedAttentionError
 from nested_core.remembered import path_beside, remember
 
 SD15 = EncoderConfig(family="sd15", token_dim=768, base_model="SD 1.5")
-PHOTOS = checking.portraits(8)
+PHOTOS = checking.portraits(16)
 FEW = PHOTOS[:4]  # where nothing is to be told from its like
 TRUE = Settings("penultimate", "match", 2.0, "eos")
 
@@ -309,7 +309,9 @@ def told(bench: DiffusersBench) -> tuple[Found, str]:
 def test_an_encoder_of_its_base_model_works() -> None:
     found, said = told(checking.bench(checking.silent()[0], PHOTOS))
     assert found.settings in [Settings("penultimate", "match", alpha, "eos") for alpha in (4.0, 8.0)]  # it has 5.7
-    assert said.splitlines()[2].startswith("This encoder works on this model.")
+    # It learned from other pictures than it is shown here: it knows them, and lowers their error by next to nothing.
+    assert is_about_the_subject(found) and said.splitlines()[2].startswith("This encoder ")
+    assert "on this model" in said.splitlines()[2]
     picture = chart(found, "x", headline(found))
     assert picture.shape[1:] == (1200, 3) and 0 <= picture.min() < picture.max() <= 1
 

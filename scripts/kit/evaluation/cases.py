@@ -169,7 +169,7 @@ class Bench(ABC):
 
     @torch.no_grad()
     def _judge(self, pixels: np.ndarray) -> dict[str, int]:
-        out = self.probe(models.normalise(torch.from_numpy(pixels)[None]))
+        out = self.probe(models.normalise(torch.from_numpy(pixels.copy())[None]))
         return {name: int(logits.argmax()) for name, logits in out.items()}
 
     def _score(self, case: Case, told: dict[str, np.ndarray], scores: Scores) -> None:
