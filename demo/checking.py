@@ -14,18 +14,19 @@ from nested_core.check.diffusers import DiffusersBench
 from nested_core.checkpoint import load_encoder
 from nested_core.encoder import EncoderConfig, NestedEncoder
 
-from . import export, models, world
+from . import data, drawing, export, models
+from .lessons import unit
 from .shipped import CHECKPOINT, ENCODER, VISION, WEIGHTS
 
 CAPTION = "a <subject>"
 
 
 def portraits(count: int) -> Tensor:
-    """Robots that no training saw, large, each in some scene and style: (count, 128, 128, 3), 0 to 1."""
+    """Robots in some look, scene and style, as the base model knows them: whole. (count, 128, 128, 3), 0 to 1."""
     rng = random.Random("check 0")
-    figures = [world.random_figure(rng, "robot", held_out=True) for _ in range(count)]
-    drawn = [world.render([f], rng.choice(world.SCENES), rng.choice(world.STYLES), rng, close=True) for f in figures]
-    return torch.stack([torch.from_numpy(np.array(picture.image)).float() / 255 for picture in drawn])
+    entries = [data.random_entry(rng) for _ in range(count)]
+    robots = [replace(entry, figures=[replace(entry.figures[0], kind="robot")]) for entry in entries]
+    return torch.stack([unit(np.asarray(data.draw(entry, rng).image)) for entry in robots])
 
 
 def bench(
@@ -40,7 +41,7 @@ def bench(
         torch.manual_seed(tower_seed)
         tower = type(tower)(tower.config)
     base = models.base_model(unet, text, codec, tower)
-    return DiffusersBench(base, encoder, photos, CAPTION, "robot", world.SIZE)
+    return DiffusersBench(base, encoder, photos, CAPTION, "robot", drawing.SIZE)
 
 
 def turn(unet: torch.nn.Module) -> None:

@@ -6,7 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
-from .training import ENCODER_NAME, SHIPPED, STAGES, Run
+from .encoders import ENCODER_NAME
+from .training import SHIPPED, STAGES, Run
 
 HERE = Path(__file__).resolve().parent
 
@@ -17,9 +18,10 @@ def main() -> None:
     parser.add_argument(
         "--stage",
         type=_stage,
-        help=f"only this stage and those it needs: one of {', '.join(STAGES)}, pipeline (files for the training's "
-        "command line), or an encoder trained otherwise (tokens, value_norm, alpha, features, steps, seed), such as "
-        "nested_4_tokens_seed1 or nested_none_norm_3000_steps",
+        help=f"only this stage and those it needs: one of {', '.join(STAGES)}, compared (the encoders that the "
+        "evaluation compares), pipeline (files for the training's command line), or an encoder trained otherwise "
+        "(tokens, value_norm, alpha, features, steps, seed, longer), such as nested_4_tokens_seed1 or "
+        "nested_none_norm_3000_steps",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -51,6 +53,6 @@ def main() -> None:
 
 
 def _stage(text: str) -> str:
-    if text not in (*STAGES, "pipeline") and not ENCODER_NAME.fullmatch(text):
+    if text not in (*STAGES, "compared", "pipeline") and not ENCODER_NAME.fullmatch(text):
         raise argparse.ArgumentTypeError(f"there is no stage {text}")
     return text

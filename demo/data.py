@@ -14,24 +14,25 @@ from tqdm import tqdm
 
 from nested_core.files import whole
 
-from . import world
-from .world import Figure
+from . import drawing, world
+from .world import Figure, Look
 
 PICTURES = 24_000  # of a whole training, drawn with its seed
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a picture shows: figures from left to right."""
+    """What a picture shows: figures from left to right, each in its look."""
 
     figures: list[Figure]
+    looks: list[Look]
     scene: str
     style: str
 
 
 @dataclass
 class Pictures:
-    """pixels uint8 (N, size, size, 3), regions uint8 (N, size, size) as in `world.Picture`, and what they show."""
+    """pixels uint8 (N, size, size, 3), regions uint8 (N, size, size) as in `drawing.Picture`, and what they show."""
 
     pixels: np.ndarray
     regions: np.ndarray
@@ -41,43 +42,51 @@ class Pictures:
         return len(self.entries)
 
 
-def _figures(rng: random.Random, portrait: bool, held_out: bool) -> list[Figure]:
-    kinds = list(world.KINDS)
-    rng.shuffle(kinds)
-    count = 1 if portrait or rng.random() < 0.6 else 2
-    return [world.random_figure(rng, kind, held_out) for kind in kinds[:count]]
+def random_entry(rng: random.Random, figures: int = 1, held_out: bool = True) -> Entry:
+    """Figures, and looks in a style (by default of the held-out sets) in a scene, with nothing drawn yet."""
+    scene, style = rng.choice(world.SCENES), rng.choice(world.STYLES)
+    kinds = rng.sample(world.KINDS, figures)
+    return Entry(
+        [world.random_figure(rng, kind, held_out) for kind in kinds],
+        [world.random_look(rng, style, held_out) for _ in kinds],
+        scene,
+        style,
+    )
+
+
+def _entry(rng: random.Random, held_out: bool) -> Entry:
+    return random_entry(rng, 1 if rng.random() < 0.65 else 2, held_out)
+
+
+def draw(entry: Entry, rng: random.Random) -> drawing.Picture:
+    return drawing.render(entry.figures, entry.looks, entry.scene, entry.style, rng)
 
 
 def drawn_figures(count: int, seed: int) -> list[Figure]:
     """The figures in the first `count` pictures of a series that is not held out, without drawing them."""
-    return [figure for i in range(count) for figure in _figures(random.Random(f"{seed} {i}"), False, False)]
+    return [figure for i in range(count) for figure in _entry(random.Random(f"{seed} {i}"), False).figures]
 
 
-def _draw(seed: int, index: int, portrait: bool, held_out: bool, size: int) -> tuple[np.ndarray, np.ndarray, Entry]:
+def _draw(seed: int, index: int, held_out: bool) -> tuple[np.ndarray, np.ndarray, Entry]:
     rng = random.Random(f"{seed} {index}")
-    figures = _figures(rng, portrait, held_out)
-    entry = Entry(figures, rng.choice(world.SCENES), rng.choice(world.STYLES))
-    picture = world.render(figures, entry.scene, entry.style, rng, close=portrait)
-    image, regions = picture.image, picture.regions
-    if size != world.SIZE:
-        image = image.resize((size, size))
-        regions = regions[:: world.SIZE // size, :: world.SIZE // size]
-    return np.asarray(image), regions, entry
+    entry = _entry(rng, held_out)
+    picture = draw(entry, rng)
+    return np.asarray(picture.image), picture.regions, entry
 
 
-def _draw_many(arguments: tuple[int, int, int, bool, bool, int]) -> list[tuple[np.ndarray, np.ndarray, Entry]]:
-    seed, start, stop, portrait, held_out, size = arguments
-    return [_draw(seed, i, portrait, held_out, size) for i in range(start, stop)]
+def _draw_many(arguments: tuple[int, int, int, bool]) -> list[tuple[np.ndarray, np.ndarray, Entry]]:
+    seed, start, stop, held_out = arguments
+    return [_draw(seed, i, held_out) for i in range(start, stop)]
 
 
-def pictures(folder: Path, name: str, count: int, seed: int, *, portrait: bool = False, held_out: bool = False,
-             size: int = world.SIZE) -> Pictures:  # fmt: skip
-    """`count` pictures, drawn unless an earlier call drew them. Portraits show one figure, large.
+def pictures(folder: Path, name: str, count: int, seed: int, *, held_out: bool = False) -> Pictures:
+    """`count` pictures, drawn unless an earlier call drew them.
 
     Every picture has its own seed, so the first ones of a longer series are the same.
     """
     about = folder / f"{name}.json"
-    key = [count, seed, portrait, held_out, size, world.words(), world.VERSION]
+    size = drawing.SIZE
+    key = [count, seed, held_out, world.words(), drawing.VERSION]
     shapes = {"pixels": (count, size, size, 3), "regions": (count, size, size)}
     paths = {part: folder / f"{name}.{part}.u8" for part in shapes}
     if not about.is_file() or json.loads(about.read_text("utf-8"))["key"] != key:
@@ -85,7 +94,7 @@ def pictures(folder: Path, name: str, count: int, seed: int, *, portrait: bool =
         about.unlink(missing_ok=True)  # what it says is about to be overwritten
         arrays = {part: np.memmap(paths[part], np.uint8, "w+", shape=shape) for part, shape in shapes.items()}
         entries: list[Entry] = []
-        jobs = [(seed, i, min(i + 250, count), portrait, held_out, size) for i in range(0, count, 250)]
+        jobs = [(seed, i, min(i + 250, count), held_out) for i in range(0, count, 250)]
         with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=count, desc=f"drawing {name}") as bar:
             for done in pool.map(_draw_many, jobs):
                 for pixels, regions, entry in done:
@@ -97,21 +106,21 @@ def pictures(folder: Path, name: str, count: int, seed: int, *, portrait: bool =
         with whole(about) as part:  # last: a picture file without it is drawn anew
             part.write_text(json.dumps({"key": key, "entries": [asdict(entry) for entry in entries]}), "utf-8")
     found = json.loads(about.read_text("utf-8"))["entries"]
-    entries = [Entry([Figure(**figure) for figure in e["figures"]], e["scene"], e["style"]) for e in found]
-    mapped = {part: np.memmap(paths[part], np.uint8, "r", shape=shape) for part, shape in shapes.items()}
+    entries = [
+        Entry([Figure(**f) for f in e["figures"]], [Look(**look) for look in e["looks"]], e["scene"], e["style"])
+        for e in found
+    ]
+    mapped = {part: np.memmap(paths[part], np.uint8, "c", shape=shape) for part, shape in shapes.items()}
     return Pictures(mapped["pixels"], mapped["regions"], entries)
 
 
-def random_entry(rng: random.Random, figures: int = 1, held_out: bool = True) -> Entry:
-    """Figures (by default of the held-out set) in a scene and style, with nothing drawn yet."""
-    kinds = rng.sample(world.KINDS, figures)
-    return Entry(
-        [world.random_figure(rng, kind, held_out) for kind in kinds],
-        rng.choice(world.SCENES),
-        rng.choice(world.STYLES),
-    )
+def plain_prompt(entry: Entry, word_first: bool = False) -> str:
+    """The prompt that names all that a prompt can name: classes with their looks, scene and style.
 
-
-def plain_prompt(entry: Entry) -> str:
-    """The prompt that names the classes, the scene and the style, and no attribute."""
-    return world.prompt([figure.kind for figure in entry.figures], entry.scene, entry.style)
+    word_first: as `world.phrase` has it.
+    """
+    phrases = [
+        world.phrase(figure.kind, look, word_first=word_first)
+        for figure, look in zip(entry.figures, entry.looks, strict=True)
+    ]
+    return world.prompt(phrases, entry.scene, entry.style)

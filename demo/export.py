@@ -3,7 +3,8 @@
     checkpoint   U-Net, text encoder and codec in one file in the names that ComfyUI and the original Stable Diffusion
                  use; with `demo/comfyui` among its custom nodes, ComfyUI's own checkpoint loader opens it
     vision       the vision tower in transformers' names, for ComfyUI's own CLIP vision loader
-    pipeline     a folder for `StableDiffusionPipeline.from_pretrained`, with the vision tower in `image_encoder`
+    pipeline     a folder for `StableDiffusionPipeline.from_pretrained`, with the vision tower in `image_encoder`; the
+                 pipeline makes latents (`output_type="latent"`), its `vae` pictures of them
 
 Weights are kept in fp16. A latent is the same numbers in ComfyUI's sampler, in diffusers' pipeline and in training: the
 codec's own, times its `scaling_factor`.
@@ -54,6 +55,7 @@ _ENDS = {
 _CONTROLNET_NAME = re.compile(
     r"(controlnet_(?:down_blocks|mid_block|cond_embedding\.(?:conv_in|conv_out|blocks)))(?:\.(\d+))?\.(weight|bias)"
 )
+_CODEC_NAME = re.compile(r"(encoder|decoder)\.(?:(conv_in|norm_out|conv_out)|(?:down|up)_blocks\.(\d+)\.(\d+))\.(.+)")
 _UNET_NAME = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
@@ -86,15 +88,25 @@ def _original(name: str, layers: int) -> str:
 
 
 def codec_names(names: Iterable[str]) -> dict[str, str]:
-    """{diffusers' name: original name} of the weights of an AutoencoderTiny."""
-    found = {}
+    """{diffusers' name: name in `comfyui/codec.py`} of the weights of the codec: its layers, numbered as they run.
+
+    Raises ValueError where a name is none of an AutoencoderDC without attention.
+    """
+    found: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for name in names:
-        side, layers, number, rest = name.split(".", 3)
-        if side not in ("encoder", "decoder") or layers != "layers":
-            raise ValueError(f"{name} is no weight of an AutoencoderTiny.")
-        # The original decoder lists the clamp of the latents as its first layer; diffusers does it outside.
-        found[name] = f"taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"
-    return found
+        match = _CODEC_NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name} is no weight of an AutoencoderDC without attention.")
+        side, end, level, number, rest = match.groups()
+        place = {"conv_in": (-1,), "norm_out": (1,), "conv_out": (2,)}.get(end)
+        found[name] = side, place or (0, int(level) if side == "encoder" else -int(level), int(number)), rest
+    layers = {side: sorted({place for of, place, _ in found.values() if of == side}) for side in ("encoder", "decoder")}
+
+    def numbered(side: str, place: tuple[int, ...]) -> int:
+        # The decoder's first layer is where a TAESD clamps its latents; between its last two is an activation.
+        return layers[side].index(place) + (side == "decoder") * (1 + (place == (2,)))
+
+    return {name: f"taesd_{side}.{numbered(side, place)}.{rest}" for name, (side, place, rest) in found.items()}
 
 
 def text_names(names: Iterable[str]) -> dict[str, str]:
@@ -140,13 +152,13 @@ def vision_state_dict(tower: CLIPVisionModelWithProjection) -> dict[str, Tensor]
 
 def write_checkpoint(path: Path, unet: Any, text_encoder: CLIPTextModel, codec: Any) -> None:
     """Writes `checkpoint_state_dict`. Raises ValueError as that does, and OSError."""
-    said = {"scaling_factor": str(codec.config.scaling_factor), "prediction_type": "v_prediction"}
+    said = {"scaling_factor": str(codec.config.scaling_factor), "prediction_type": "sample"}
     write_file(path, checkpoint_state_dict(unet, text_encoder, codec), "Small World: U-Net, text encoder, codec", said)
 
 
 def write_vision(path: Path, tower: CLIPVisionModelWithProjection) -> None:
     """Writes `vision_state_dict`. Raises ValueError as that does, and OSError."""
-    write_file(path, vision_state_dict(tower), "Small World: CLIP vision tower, 64 px")
+    write_file(path, vision_state_dict(tower), "Small World: CLIP vision tower, 96 px")
 
 
 def controlnet_state_dict(controlnet: Any) -> dict[str, Tensor]:
@@ -237,7 +249,6 @@ def load_checkpoint(path: Path) -> tuple[Any, CLIPTextModel, Any]:
     Raises ValueError naming the weights when the file is not one of the small world.
     """
     state = load_file(path)
-    state.pop("v_pred", None)  # an empty mark that ComfyUI puts into what it saves
     text_encoder = models.text_encoder()
     unet: Any = models.unet()
     codec: Any = models.codec()

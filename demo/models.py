@@ -1,23 +1,24 @@
 """The small world's models: classes of diffusers and transformers that ComfyUI has counterparts of, made small.
 
 text encoder   CLIPTextModel, 2 layers of 128, with a CLIP tokenizer whose vocabulary is the world's words
-codec          AutoencoderTiny (TAESD), 8 x 8 pixels to 16 channels
-U-Net          UNet2DConditionModel with 7 cross-attention layers, predicting v
-vision tower   CLIPVisionModelWithProjection, 4 layers of 128, 64 px in patches of 8
+codec          AutoencoderDC, 8 x 8 pixels to 24 channels
+U-Net          UNet2DConditionModel with 7 cross-attention layers, predicting the picture
+vision tower   CLIPVisionModelWithProjection, 4 layers of 128, 96 px in patches of 12
 probe          a small residual network that only scores pictures; no other model sees it
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
+import torch.nn.functional as F
+from diffusers import AutoencoderDC, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_dc import ResBlock
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -31,13 +32,13 @@ from transformers import (
 from nested_core.encoder import EncoderConfig
 from nested_core.training import BaseModel, EncoderSettings, VisionTower
 
-from . import FAMILY, world
+from . import FAMILY, data, drawing, world
 
-LATENT_CHANNELS = 16
-LATENT_SIZE = world.SIZE // 8
+LATENT_CHANNELS = 24  # what 64 of width hand through: GroupNorm takes means away, SiLU wants two channels for a number
+LATENT_SIZE = drawing.SIZE // 8
 CONTEXT_DIM = 128
 TEXT_LENGTH = 77
-VISION_SIZE = 64
+VISION_SIZE = 96
 VISION_MEAN, VISION_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
@@ -77,6 +78,7 @@ def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
     return pieces
 
 
+@functools.cache
 def tokenizer() -> CLIPTokenizer:
     """The world's tokenizer, from the files beside this one."""
     folder = Path(__file__).parent / "tokenizer"
@@ -101,75 +103,116 @@ def text_encoder() -> CLIPTextModel:
 # --- codec, U-Net, vision tower ---------------------------------------------------------------------------------------
 
 
-def codec() -> AutoencoderTiny:
-    """Its `scaling_factor` brings latents to unit variance; set when it is trained."""
-    return AutoencoderTiny(latent_channels=LATENT_CHANNELS, scaling_factor=1.0)
+def codec() -> AutoencoderDC:
+    """Its `scaling_factor` brings latents to unit variance; set when it is trained.
+
+    Pixels are folded into channels and out of them again (space to depth), so that few convolutions run at full size.
+    """
+    nothing: Any = ((), (), (), ())
+    made: Any = AutoencoderDC(
+        latent_channels=LATENT_CHANNELS, scaling_factor=1.0, encoder_out_shortcut=False, decoder_in_shortcut=False,
+        encoder_block_out_channels=(32, 32, 64, 128), encoder_layers_per_block=(0, 1, 1, 2),
+        decoder_block_out_channels=(64, 64, 128, 128), decoder_layers_per_block=(0, 3, 3, 1),
+        encoder_qkv_multiscales=nothing, decoder_qkv_multiscales=nothing,
+    )  # fmt: skip
+    # Where Stable Diffusion's pipeline reads the size of a latent.
+    made.register_to_config(block_out_channels=made.config.encoder_block_out_channels)
+    return made
 
 
 @torch.no_grad()
-def start_codec(codec: Any, patches: Tensor) -> None:
-    """Starts a codec as the best linear one, from 8 x 8 patches (N, 3, 8, 8) of pictures in [0, 1].
+def start_codec(codec: Any, pixels: Tensor) -> None:
+    """Starts a codec as the best linear one of 8 x 8 patches of pictures (N, 3, H, W) in [-1, 1].
 
-    The encoder's strided convolutions take pixels apart (space to depth), the last of them projects on the patches'
-    16 principal components; the decoder begins with each patch's mean colour. Residual blocks begin as identities. All
-    other channels keep their random weights. From here training is about detail, not about finding colours.
+    From here training is about what is seldom, not about finding colours. Residual blocks begin as identities.
     """
-    encoder, decoder = codec.encoder.layers, codec.decoder.layers
-    for module in codec.modules():
-        if isinstance(module, AutoencoderTinyBlock):
-            module.conv[-1].weight.zero_()
-            module.conv[-1].bias.zero_()
-    enter, *strided, leave = [layer for layer in encoder if isinstance(layer, nn.Conv2d)]
-    _pass(enter, 3)
-    for conv, channels in zip(strided[:2], (3, 12), strict=True):
-        conv.weight[: 4 * channels] = 0
-        for c, dy, dx in itertools.product(range(channels), (0, 1), (0, 1)):
-            conv.weight[4 * c + 2 * dy + dx, c, 1 + dy, 1 + dx] = 1
-    # Patches in the order in which the two convolutions and the four taps of the third list them.
-    n = len(patches)
-    flat = patches.reshape(n, 3, 2, 2, 2, 2, 2, 2).permute(0, 1, 4, 7, 3, 6, 2, 5).reshape(n, 192)
-    _, sizes, basis = torch.linalg.svd(flat, full_matrices=False)
-    basis = basis[:LATENT_CHANNELS]
+    encoder: Any = codec.encoder
+    decoder: Any = codec.decoder
+    blocks: list[Any] = [block for block in codec.modules() if isinstance(block, ResBlock)]
+    for block in blocks:
+        block.norm.weight.zero_()
+    halves = F.pixel_unshuffle(F.pixel_unshuffle(pixels, 2), 2)  # 4 x 4 pixels as 48 channels
+    patches, quarters = _rows(F.pixel_unshuffle(halves, 2)), _rows(halves)
+    mean, spread, basis = _components(patches, LATENT_CHANNELS)
     # Between raw components (details would drown) and equal ones (noise would count like the picture).
-    spread = (flat @ basis.T).std(0)
     factor = (spread / spread.max()).sqrt() / spread
-    third = strided[2]
-    assert leave.bias is not None
-    third.weight[: 2 * LATENT_CHANNELS] = 0
-    for (m, sign), (dy, dx) in itertools.product(
-        itertools.product(range(LATENT_CHANNELS), (1, -1)), itertools.product((0, 1), (0, 1))
-    ):
-        taps = basis[m].reshape(48, 4)[:, 2 * dy + dx]
-        third.weight[m + (0 if sign > 0 else LATENT_CHANNELS), :48, 1 + dy, 1 + dx] = sign * taps
-    leave.weight.mul_(0.1)
-    leave.bias.copy_(-factor * (flat @ basis.T).mean(0))
-    for m in range(LATENT_CHANNELS):
-        leave.weight[m, m, 1, 1], leave.weight[m, m + LATENT_CHANNELS, 1, 1] = factor[m], -factor[m]
 
-    latents = (flat @ basis.T) * factor + leave.bias
-    means = patches.mean((2, 3))
-    known = torch.cat([latents, torch.ones(n, 1)], 1)
-    colour = torch.linalg.lstsq(known, means).solution  # (17, 3)
-    enter, *middle, leave = [layer for layer in decoder if isinstance(layer, nn.Conv2d)]
-    assert enter.bias is not None
-    kept = 3 + 2 * LATENT_CHANNELS
-    enter.weight[:kept], enter.bias[:kept] = 0, 0
-    enter.weight[:3, :, 1, 1], enter.bias[:3] = colour[:-1].T, colour[-1]
-    for m in range(LATENT_CHANNELS):
-        enter.weight[3 + m, m, 1, 1], enter.weight[3 + LATENT_CHANNELS + m, m, 1, 1] = 1, -1
-    for conv in middle:
-        _pass(conv, kept)
-    leave.weight.mul_(0.1)
-    _pass(leave, 3)
+    first, second = encoder.down_blocks[1][-1], encoder.down_blocks[2][-1]
+    _pass(encoder.conv_in.conv, 3)
+    _pass(first.conv, 12)
+    seen = first(encoder.down_blocks[1][:-1](encoder.conv_in(pixels)))
+    # A block's shortcut adds means of its channels; what the pixels were is solved for.
+    pick = _solve(_rows(seen), quarters) @ _components(quarters, second.conv.out_channels)[2]
+    _set(second.conv, pick)
+    seen = encoder.down_blocks[3](encoder.down_blocks[2](seen))
+    _set(encoder.conv_out, _solve(_rows(seen), (patches - mean) @ basis * factor))
+
+    eye = torch.eye(2 * LATENT_CHANNELS)[:, :LATENT_CHANNELS]
+    decoder.conv_in.weight.mul_(0.5)  # of the channels that are left to learn
+    decoder.conv_in.weight[:LATENT_CHANNELS] = 0
+    decoder.conv_in.weight[:LATENT_CHANNELS, :, 1, 1] = eye[:LATENT_CHANNELS]
+    decoder.conv_in.bias.zero_()
+    _fold_out(decoder.up_blocks[2][0], basis / factor, mean)
+    # The last norm divides by the length of all channels: one that is constant and large makes it nearly linear. What
+    # follows takes only what is positive, so each pixel goes with its negative.
+    signed = torch.cat([torch.eye(12), -torch.eye(12)])
+    signed = signed[:, None].expand(-1, 4, -1).reshape(24 * 4, 12)
+    places = torch.arange(12 * 4).reshape(12, 4).repeat(2, 1).reshape(-1)  # channel c, phase p -> 4 c + p
+    rows = torch.zeros(24 * 4, 48)
+    rows[torch.arange(24 * 4), places] = signed.sum(1)
+    large = 16.0
+    _fold_out(decoder.up_blocks[1][0], torch.cat([rows, torch.zeros(4, 48)]),
+              torch.cat([torch.zeros(24 * 4), torch.full((4,), large)]))  # fmt: skip
+    length = (large**2 + 2 * quarters.square().sum(1).mean() / 4) / decoder.norm_out.weight.numel()
+    decoder.norm_out.weight.fill_(length.sqrt())
+    leave = decoder.conv_out.conv
+    leave.weight.zero_()
+    leave.bias.zero_()
+    for c in range(12):
+        leave.weight[c, c, 1, 1], leave.weight[c, 12 + c, 1, 1] = 1, -1
+
+
+def _rows(grid: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B * H * W, C)."""
+    return grid.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _components(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, spread along the first principal components, and these as columns."""
+    mean = rows.mean(0)
+    _, sizes, basis = torch.linalg.svd((rows - mean).T @ (rows - mean) / len(rows))
+    return mean, sizes[:count].sqrt(), basis[:count].T
+
+
+def _solve(rows: Tensor, wanted: Tensor) -> Tensor:
+    """The best linear map, its last row is the constant: rows (N, C), wanted (N, D) -> (C + 1, D)."""
+    return torch.linalg.lstsq(torch.cat([rows, torch.ones(len(rows), 1)], 1), wanted).solution
+
+
+def _set(conv: nn.Conv2d, solved: Tensor) -> None:
+    """Makes a convolution the linear map of `_solve`."""
+    assert conv.bias is not None
+    conv.weight.zero_()
+    conv.weight[:, :, 1, 1], conv.bias[:] = solved[:-1].T, solved[-1]
+
+
+def _fold_out(block: Any, rows: Tensor, constant: Tensor) -> None:
+    """Makes a block that doubles a grid give, before channels become pixels, a linear map of its first channels."""
+    conv = block.conv
+    conv.weight.zero_()
+    conv.bias.zero_()
+    for made in range(conv.out_channels):
+        conv.weight[made, made // block.repeats, 1, 1] -= 1  # what its shortcut adds
+    conv.weight[: len(rows), : rows.shape[1], 1, 1] += rows
+    conv.bias[: len(constant)] = constant
 
 
 def _pass(conv: nn.Conv2d, channels: int) -> None:
     """Makes a convolution hand its first channels on as they are."""
-    conv.weight[:channels] = 0
+    assert conv.bias is not None
+    conv.weight[:channels], conv.bias[:channels] = 0, 0
     for c in range(channels):
         conv.weight[c, c, 1, 1] = 1
-    if conv.bias is not None:
-        conv.bias[:channels] = 0
 
 
 def unet() -> UNet2DConditionModel:
@@ -182,9 +225,9 @@ def unet() -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, with v-prediction."""
+    """Stable Diffusion's noise schedule, for a U-Net that predicts the picture."""
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="sample",
         clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
     )  # fmt: skip
 
@@ -192,7 +235,7 @@ def scheduler() -> DDIMScheduler:
 def vision_config() -> CLIPVisionConfig:
     return CLIPVisionConfig(
         hidden_size=128, intermediate_size=512, projection_dim=64, num_hidden_layers=4, num_attention_heads=4,
-        image_size=VISION_SIZE, patch_size=8, hidden_act="quick_gelu",
+        image_size=VISION_SIZE, patch_size=12, hidden_act="quick_gelu",
     )  # fmt: skip
 
 
@@ -202,9 +245,10 @@ def vision_tower() -> CLIPVisionModelWithProjection:
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
 
+OF_FIGURE: dict[str, tuple[str, ...]] = {**world.ATTRIBUTES, **world.LOOKS}
 SCORED: dict[str, int] = {
     **{f"{kind}.present": 2 for kind in world.KINDS},
-    **{f"{kind}.{name}": len(values) for kind in world.KINDS for name, values in world.ATTRIBUTES.items()},
+    **{f"{kind}.{name}": len(values) for kind in world.KINDS for name, values in OF_FIGURE.items()},
     "scene": len(world.SCENES),
     "style": len(world.STYLES),
 }
@@ -226,6 +270,8 @@ class _Residual(nn.Module):
 class Probe(nn.Module):
     """Pictures (B, 3, 128, 128) in [-1, 1] -> logits of each of SCORED, {name: (B, choices)}."""
 
+    SIDE = drawing.SIZE // 16  # of its last grid
+
     def __init__(self, widths: tuple[int, ...] = (24, 48, 64, 96)) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, stride=2, padding=1)]
@@ -237,35 +283,50 @@ class Probe(nn.Module):
         self.heads = nn.ModuleDict({name.replace(".", "_"): nn.Linear(widths[-1], n) for name, n in SCORED.items()})
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        return self.seen(pixels)[0]
+
+    def seen(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The logits, and where each question looked: shares of the cells of the last grid, (B, questions, cells)."""
         grid = self.trunk(pixels)
-        weights = self.look(grid).flatten(2).float().softmax(-1).to(grid.dtype)
-        seen = weights @ grid.flatten(2).transpose(1, 2)
-        return {name: self.heads[name.replace(".", "_")](seen[:, i]) for i, name in enumerate(SCORED)}
+        looks = self.look(grid).flatten(2).float().softmax(-1)
+        seen = looks.to(grid.dtype) @ grid.flatten(2).transpose(1, 2)
+        out = {name: self.heads[name.replace(".", "_")](seen[:, i]) for i, name in enumerate(SCORED)}
+        return out, looks
 
 
-IDENTITY: dict[str, int] = {"kind": 2, **{name: len(values) for name, values in world.ATTRIBUTES.items()}}
-"""What the vision tower is trained to tell of a portrait, and among how many choices."""
+PORTRAIT: dict[str, int] = {"kind": 2, **{name: len(values) for name, values in OF_FIGURE.items()}}
+"""What can be told of a portrait, and among how many choices."""
 
 
-class Reader(nn.Module):
-    """Heads that train the vision tower: what it tells from its embedding, and from its patches, part by part."""
+class Matching(nn.Module):
+    """Trains a vision tower as CLIP's are: pictures are to match the texts that are true of them, and no others.
 
-    def __init__(self) -> None:
+    A text is a phrase of `world.all_facts`. Each is matched with the picture's embedding and, so that no detail is lost
+    on the way, with the patches that it looks at. The loss is SigLIP's, a yes or no for every pair.
+    """
+
+    tokens: Tensor
+
+    def __init__(self, tower: CLIPVisionModelWithProjection) -> None:
         super().__init__()
         config = vision_config()
-        self.whole = nn.ModuleDict({name: nn.Linear(config.projection_dim, n) for name, n in IDENTITY.items()})
+        self.tower, self.text = tower, CLIPTextModel(text_config())
+        tokens = tokenizer()(world.all_facts(), padding=True, return_tensors="pt").input_ids
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.whole = nn.Linear(CONTEXT_DIM, config.projection_dim)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.look = nn.Linear(config.hidden_size, len(IDENTITY))
-        self.parts = nn.ModuleDict({name: nn.Linear(config.hidden_size, n) for name, n in IDENTITY.items()})
+        self.query, self.value = (nn.Linear(CONTEXT_DIM, config.hidden_size) for _ in range(2))
+        self.scale, self.bias = nn.Parameter(torch.full((2,), 2.0)), nn.Parameter(torch.full((2,), -3.0))
 
-    def forward(self, embedding: Tensor, tokens: Tensor) -> list[dict[str, Tensor]]:
-        """embedding (B, 64), tokens (B, 65, 128) -> logits from the one and from the other, {name: (B, choices)}."""
-        tokens = self.norm(tokens)
-        seen = self.look(tokens).float().softmax(1).to(tokens.dtype).transpose(1, 2) @ tokens
-        return [
-            {name: head(embedding) for name, head in self.whole.items()},
-            {name: head(seen[:, i]) for i, (name, head) in enumerate(self.parts.items())},
-        ]
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """pixels (B, 3, H, W) -> logits of all facts by embedding and by patches, (B, facts) each."""
+        seen = self.tower(pixels, output_hidden_states=True)
+        said = self.text(self.tokens).pooler_output
+        whole = F.normalize(seen.image_embeds, dim=-1) @ F.normalize(self.whole(said), dim=-1).T
+        patches = self.norm(seen.hidden_states[-2])
+        looks = (self.query(said) @ patches.transpose(1, 2) / patches.shape[-1] ** 0.5).softmax(-1)  # (B, facts, N)
+        found = F.cosine_similarity(looks @ patches, self.value(said), dim=-1)
+        return [cos * self.scale[i].exp() + self.bias[i] for i, cos in enumerate((whole, found))]
 
 
 class TokenReader(nn.Module):
@@ -273,8 +334,8 @@ class TokenReader(nn.Module):
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
-        self.look = nn.Parameter(torch.zeros(len(IDENTITY), tokens))
-        self.heads = nn.ModuleDict({name: nn.Linear(CONTEXT_DIM, n) for name, n in IDENTITY.items()})
+        self.look = nn.Parameter(torch.zeros(len(PORTRAIT), tokens))
+        self.heads = nn.ModuleDict({name: nn.Linear(CONTEXT_DIM, n) for name, n in PORTRAIT.items()})
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         seen = self.look.softmax(1).to(tokens.dtype) @ tokens
@@ -325,19 +386,17 @@ def load_probe(path: Path) -> Probe:
     return probe.float().eval().requires_grad_(False)
 
 
-def labels(figures: list[world.Figure], scene: str, style: str) -> dict[str, int]:
+def labels(entry: data.Entry) -> dict[str, int]:
     """The right answers to SCORED for a picture; -1 where the question makes no sense (an absent figure)."""
-    answers = {"scene": world.SCENES.index(scene), "style": world.STYLES.index(style)}
+    answers = {"scene": world.SCENES.index(entry.scene), "style": world.STYLES.index(entry.style)}
+    shown = {
+        figure.kind: {**vars(figure), **vars(look)} for figure, look in zip(entry.figures, entry.looks, strict=True)
+    }
     for kind in world.KINDS:
-        figure = next((f for f in figures if f.kind == kind), None)
-        answers[f"{kind}.present"] = int(figure is not None)
-        for name, values in world.ATTRIBUTES.items():
-            answers[f"{kind}.{name}"] = values.index(getattr(figure, name)) if figure else -1
+        answers[f"{kind}.present"] = int(kind in shown)
+        for name, values in OF_FIGURE.items():
+            answers[f"{kind}.{name}"] = values.index(shown[kind][name]) if kind in shown else -1
     return answers
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def normalise(pixels: Tensor) -> Tensor:

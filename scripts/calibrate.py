@@ -5,7 +5,7 @@ sure as it says?
     python scripts/calibrate.py --photos 24     quicker
 
 Encoders are those that `demo/train.py --shipped --stage NAME` left there; what they say of themselves is not looked at.
-Each is measured once on all photos under all settings; then the search is run on many draws of eight of them. Writes
+Each is measured once on all photos under all settings; then the search is run on many draws of sixteen of them. Writes
 docs/check_encoder.md and docs/images/check_encoder.png.
 """
 

@@ -6,7 +6,7 @@
 Sets up what it needs first: a virtual environment `.venv` unless one is active, and a ComfyUI under `.comfyui` unless
 COMFYUI_PATH names one, whose Python environment must then be the active one.
 
-The models are the small ones of `demo/`: trained from nothing on drawn robots and creatures, they run in seconds on a
+The models are the small ones of `demo/`: trained on drawn robots and creatures, they run in seconds on a
 CPU, and know nothing else. The graph is the same with SDXL and the public encoder.
 """
 

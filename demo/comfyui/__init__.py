@@ -1,7 +1,7 @@
 """Makes ComfyUI's own loaders open the small world's files: link this folder into `custom_nodes`.
 
-Nested Attention itself needs none of this; the quickstart and the tests do. One node is added, which the evaluation
-compares with.
+Nested Attention itself needs none of this; the quickstart and the tests do. One node is added, decoupled
+attention as the evaluation compares with it.
 """
 
 from comfy_api.v0_0_2 import ComfyExtension, io

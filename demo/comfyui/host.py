@@ -1,6 +1,7 @@
 """The small world's models in ComfyUI's terms, and how its loaders recognise them.
 
-Every module is ComfyUI's own class; only sizes, the tokenizer's files and the vocabulary are the small world's.
+Every module but the codec's (`codec.py`) is ComfyUI's own class; only sizes, the tokenizer's files and the vocabulary
+are the small world's.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import comfy.clip_model
 import comfy.clip_vision
 import comfy.latent_formats
 import comfy.model_base
+import comfy.model_sampling
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import comfy.taesd.taesd
 import comfy.utils
 import torch
 from torch import Tensor
+
+from .codec import CHANNELS, Taesd
 
 # `resolve` follows the link from custom_nodes to where the tokenizer is.
 _HERE = Path(__file__).resolve().parent
@@ -82,16 +87,20 @@ class SmallWorldClip(comfy.sd1_clip.SD1ClipModel):
 class SmallWorldLatent(comfy.latent_formats.LatentFormat):
     """Latents need no scaling between codec and U-Net: the codec's own weights say it."""
 
-    latent_channels = 16
+    latent_channels = CHANNELS
+
+
+class _Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.X0):
+    """The picture is what the U-Net predicts: noise of 24 channels would take all that its 64 can hold."""
 
 
 class SmallWorld(comfy.supported_models_base.BASE):
-    """A U-Net of the Stable Diffusion kind with two levels, heads of 32 channels, and v-prediction."""
+    """A U-Net of the Stable Diffusion kind with two levels and heads of 32 channels."""
 
     unet_config = {
         "context_dim": _WIDTH,
         "model_channels": 64,
-        "in_channels": 16,
+        "in_channels": CHANNELS,
         "channel_mult": [1, 2],
         "num_res_blocks": [1, 1],
         "use_linear_in_transformer": True,
@@ -104,7 +113,12 @@ class SmallWorld(comfy.supported_models_base.BASE):
     nested_attention_family = json.loads((_HERE.parent / "family.json").read_text("utf-8"))
 
     def model_type(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> comfy.model_base.ModelType:
-        return comfy.model_base.ModelType.V_PREDICTION
+        return comfy.model_base.ModelType.EPS  # there is no type for it: `get_model` sets it right
+
+    def get_model(self, state_dict: Mapping[str, Tensor], prefix: str = "", device: Any = None) -> Any:
+        model = super().get_model(state_dict, prefix, device)
+        model.model_sampling = _Sampling(self)
+        return model
 
     def inpaint_model(self) -> bool:
         return False  # its latents have more than four channels, which ComfyUI takes for an inpainting model's
@@ -172,3 +186,5 @@ def register() -> None:
     load = comfy.clip_vision.load_clipvision_from_sd
     if not getattr(load, "knows_small_world", False):
         comfy.clip_vision.load_clipvision_from_sd = _with_our_tower(load)
+    if comfy.taesd.taesd.TAESD.__name__ != Taesd.__name__:
+        comfy.taesd.taesd.TAESD = Taesd

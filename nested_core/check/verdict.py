@@ -51,8 +51,8 @@ def shown(found: Found, name: str) -> str:
 
 
 def settled(found: Found) -> dict[str, Any]:
-    """The settings that are sure; none where the encoder does nothing for these photos."""
-    if not (works(found) and is_about_the_subject(found)):
+    """The settings that are sure; none where it is not sure that the encoder sees its photos."""
+    if not _told(found):
         return {}
     sure = {name: getattr(found.settings, name) for name in open_settings(found) if found.certainty(name) >= SURE}
     if "value_norm" not in sure:
@@ -69,15 +69,23 @@ def _helps(differences: Tensor) -> bool | None:
     return None if float(differences.mean()) > 0 and better > len(differences) / 2 else False
 
 
+def _told(found: Found) -> bool:
+    """Whether the encoder sees its photos, and either lowers the error or has no leaning to.
+
+    One that learned from other pictures of a subject than the one it sees need not lower the error of that one.
+    """
+    return is_about_the_subject(found) and _helps(found.gain()) is not None
+
+
 def _does_nothing(found: Found) -> bool:
     """Whether the error is not lowered; a little lower in most photos is what the best of many has by chance."""
     gain, own = _helps(found.gain()), _helps(found.own())
-    return gain is False or (gain is None and own is False)
+    return own is not True and (gain is False or (gain is None and own is False))
 
 
 def headline(found: Found) -> str:
     """The outcome in a few words."""
-    if works(found) and is_about_the_subject(found):
+    if _told(found):
         return f"{found.settings}"
     if _does_nothing(found):
         return "does nothing for these photos on this model"
@@ -94,7 +102,7 @@ def report(found: Found, config: EncoderConfig, name: str, kin: Kinship | None, 
     count = found.photos
     lines = [f"Check Encoder: {name}, {count} {photos}, {found.passes} forward passes", ""]
     lines += _effect(found, kin)
-    if works(found) and is_about_the_subject(found):
+    if _told(found):
         lines += ["", f"Most likely trained with: {found.settings}.", *_certainties(found, count)]
         now = settings_of(config)
         if now != found.settings:
@@ -108,6 +116,8 @@ def _effect(found: Found, kin: Kinship | None) -> list[str]:
     beside = f"When it sees the photo itself the error is {_change(own)} than when it sees another one."
     if works(found) and is_about_the_subject(found):
         return [f"This encoder works on this model. {said} {beside}"]
+    if _told(found):
+        return [f"This encoder sees these photos on this model. {beside} {said}"]
     if _does_nothing(found):
         return [f"THIS ENCODER DOES NOTHING FOR THESE PHOTOS ON THIS MODEL. {said}", _cause(kin)]
     if _helps(own) is False:

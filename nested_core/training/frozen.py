@@ -128,9 +128,10 @@ class FrozenEncoders:
             vae = self.base.vae
             pixels = torch.stack(list(parts)).permute(0, 3, 1, 2).to(self.device, vae.dtype) * 2 - 1
             out = vae.encode(pixels)
-            latents = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
+            # Kinds of VAEs differ in what they call it: KL, Tiny, DC.
+            found = out.latent_dist.mode() if "latent_dist" in out else out["latents" if "latents" in out else "latent"]
             shift = getattr(vae.config, "shift_factor", None) or 0.0
-            return [{"latents": row.float()} for row in (latents - shift) * vae.config.scaling_factor]
+            return [{"latents": row.float()} for row in (found - shift) * vae.config.scaling_factor]
 
         entries = self._cached("vae", list(pictures), _pixels, encode)
         return torch.stack([entry["latents"] for entry in entries]).to(self.device)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from demo import world
+from demo import drawing, world
+from demo.drawing.canvas import Colour
 from nested_core.files import whole
 
 from .first_look import COLOURS, GREY, PAPER, ROOM, WHITE
@@ -63,9 +64,7 @@ def banner() -> Image.Image:
     return page.resize(BANNER, Image.Resampling.LANCZOS)
 
 
-def _bracketed(
-    page: Image.Image, figure: world.Figure, colour: world.Colour, centre: tuple[int, int], width: int
-) -> None:
+def _bracketed(page: Image.Image, figure: world.Figure, colour: Colour, centre: tuple[int, int], width: int) -> None:
     """A figure with a bracket at each side, `width` across."""
     drawn = _cut_out(figure, width)
     drawn = drawn.resize((round(width * 0.98 * drawn.width / drawn.height), round(width * 0.98)))
@@ -77,9 +76,7 @@ def _bracketed(
         _thick(draw, [(inner, centre[1] - high), (outer, centre[1]), (inner, centre[1] + high)], width * 0.055, colour)
 
 
-def _thick(
-    draw: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], width: float, colour: world.Colour
-) -> None:
+def _thick(draw: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], width: float, colour: Colour) -> None:
     """A line with round ends."""
     draw.line(points, fill=colour, width=round(width), joint="curve")
     for x, y in (points[0], points[-1]):
@@ -88,7 +85,8 @@ def _thick(
 
 def _cut_out(figure: world.Figure, size: int) -> Image.Image:
     """The figure alone, RGBA, as large as it is in a picture of that size."""
-    drawn = world.render([figure], "room", "flat", random.Random(4), size=size, close=True)
+    look = world.Look("smiling", "plush", "waving", "front", "nothing")
+    drawn = drawing.render([figure], [look], "room", "flat", random.Random(4), size=size)
     alpha = Image.fromarray((drawn.regions > 0).astype("uint8") * 255)
     cut = drawn.image.convert("RGBA")
     cut.putalpha(alpha)

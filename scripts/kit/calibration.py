@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demo import checking
+from demo.encoders import ENCODER_NAME
 from demo.shipped import ENCODER, WEIGHTS
 from nested_core.check.chart import chart
 from nested_core.check.search import LEVELS, Found, passes_of, search
@@ -26,7 +27,7 @@ from nested_core.figures import to_image
 from .environment import say
 from .paths import REPO
 
-DRAWN = 8
+DRAWN = 16
 """Photos of one search."""
 _PAGE = REPO / "docs" / "check_encoder.md"
 _CHART = REPO / "docs" / "images" / "check_encoder.png"
@@ -89,7 +90,10 @@ def measure(path: Path, photos: Tensor, kept: Path) -> Measured:
 def calibrate(run: Path, count: int, draws: int) -> None:
     """Writes the page and the chart. run: folder of demo/train.py."""
     photos = checking.portraits(count)
-    files = [WEIGHTS / ENCODER, *sorted(run.glob("nested_*/encoder.safetensors"))]
+    files = [
+        WEIGHTS / ENCODER,
+        *(path for path in sorted(run.glob("nested*/encoder.safetensors")) if _otherwise(path)),
+    ]
     every = [measure(path, photos, run / "check" / f"{path.parent.name}.pt") for path in files]
     rng = random.Random(0)
     rows, sure = [], []
@@ -108,9 +112,17 @@ def calibrate(run: Path, count: int, draws: int) -> None:
     say(f"written: {_PAGE}")
 
 
+def _otherwise(path: Path) -> bool:
+    """Whether an encoder was trained in a way of its own: another seed is none."""
+    name = ENCODER_NAME.fullmatch(path.parent.name)
+    return bool(name and not (name["seed"] or name["tokens"] or name["longer"]))
+
+
 def _trained(path: Path) -> str:
+    if path.parent == WEIGHTS:
+        return "shipped"
     steps = re.search(r"_(\d+)_steps", path.parent.name)
-    return f"{steps[1]} steps" if steps else "shipped" if path.parent == WEIGHTS else "1500 steps"
+    return f"{'pairs' if '_pairs' in path.parent.name else 'crops'}, {steps[1] if steps else 800} steps"
 
 
 def _row(title: str, measured: Measured, found: Sequence[Found]) -> tuple[str, list[tuple[float, bool]]]:
@@ -148,18 +160,17 @@ def _page(rows: list[str], told: list[tuple[float, bool]], draws: int, count: in
         f"What the report says of it, for {DRAWN} photos:", "", "```", *text.split("\n"), "```", "",
         "## Does it name the right settings, and is it as sure as it says?", "",
         f"{draws} searches per encoder, each with {DRAWN} photos drawn from {count}. All but the shipped encoder",
-        "are those that `python demo/train.py --shipped --stage NAME` left, with names such as",
-        "`nested_match_norm_alpha16_last_400_steps`. *right*: the share of searches that name the setting it was",
-        f"trained with (of α the nearest of {alphas}). *sure*: the share that calls the setting settled, at 95 % or",
-        "more. *works*: the share that says the encoder does something; the others say that they are not sure yet.", "",
+        "are those that `python demo/train.py --shipped --stage NAME` left, with names such as `nested` (it learns",
+        "from crops of its targets) or `nested_pairs` (from other pictures). *right*: the share of searches that name",
+        f"the setting it was trained with (of α the nearest of {alphas}). *sure*: the share that calls the setting",
+        "settled, at 95 % or more. *works*: the share that says that the encoder lowers the error.", "",
         "| trained with | works | features, right | sure | norm, right | sure | α, right | sure |",
         "|---|---|---|---|---|---|---|---|", *rows, "",
         f"Over all of them: {len(certain)} settings were called 95 % sure or more, and {_share(certain)} of these are",
         f"right. Of the {len(less)} others {_share([ok for _, ok in less])} are, with {less_sure:.0%} said on average.",
         "",
-        "What is named is what the file works best with, and a short training has not settled into its norm: the file",
-        "of `match_per_head` works better with `match` after 400 steps, and still more often than not after 1,000.",
-        "Between these two, a report that says `match` is not proof.", "",
+        "What is named is what the file works best with, and a short training may not have settled into its norm: a",
+        "report that says `match` is no proof that it was not `match_per_head`.", "",
         f"One search with {DRAWN} photos takes {passes[0]} forward passes for SDXL, {passes[1]} for SD 1.5. All",
         f"combinations at all levels would be {whole} for SDXL.", "",
         "## Outside of ComfyUI", "",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from demo import data
+from demo.world import Look
 from nested_core.files import whole
 
 from . import first_look, small_world
@@ -19,8 +22,26 @@ from .paths import REPO, STATE
 from .server import USUAL_PORT, Server, is_free
 
 SHEET = "contact_sheet.png"
-SCENES = (("forest", "flat"), ("space", "comic"), ("beach", "watercolour"))
-PAIR_SCENES = (("city", "flat"), ("snow", "comic"))
+#: What prompts say of looks: short is easy to read.
+NAMED = ("expression", "pose")
+#: What a photo shows besides the figure: nothing that a prompt here asks for.
+_PHOTO = data.Entry([], [Look("sad", "plush", "standing", "front", "nothing")], "desert", "comic")
+#: What the prompts of a row ask for: looks of each subject, scene, style.
+Asked = tuple[tuple[Look, ...], str, str]
+_ONE: tuple[Asked, ...] = (
+    ((Look("smiling", "plush", "waving", "front", "balloon"),), "forest", "flat"),
+    ((Look("angry", "metal", "jumping", "left", "flag"),), "space", "comic"),
+    ((Look("surprised", "wooden", "sitting", "right", "umbrella"),), "beach", "watercolour"),
+    ((Look("surprised", "glass", "dancing", "front", "lantern"),), "city", "neon"),
+    ((Look("smiling", "wooden", "standing", "right", "nothing"),), "room", "pencil"),
+)
+_CALM = Look("smiling", "plush", "standing", "front", "nothing")
+_TWO: tuple[Asked, ...] = (
+    ((_CALM, Look("surprised", "metal", "waving", "front", "flag")), "city", "flat"),
+    ((Look("angry", "wooden", "standing", "right", "nothing"), Look("sad", "plush", "sitting", "left", "balloon")),
+     "snow", "comic"),
+    ((Look("smiling", "metal", "dancing", "front", "umbrella"), _CALM), "sea", "pencil"),
+)  # fmt: skip
 
 
 def show(host: Path, serve: bool, port: int, seed: int) -> None:
@@ -48,28 +69,32 @@ def contact_sheet(server: Server, names: dict[str, str], seed: int) -> Path:
     Returns the sheet's file. Beside it are the single pictures, and the README's figure, which is made of some of them.
     """
     figures = small_world.held_out_figures(seed, 2, "robot") + small_world.held_out_figures(seed, 2, "creature")
-    robots, creatures = (small_world.write_portraits(part, server.input) for part in (figures[:2], figures[2:]))
-    rows: list[tuple[list[Shown], Sequence[tuple[str, str]]]] = [
-        ([robots[0]], SCENES), ([creatures[0]], SCENES), ([robots[1], creatures[1]], PAIR_SCENES),
-    ]  # fmt: skip
+    photos_of = [replace(_PHOTO, figures=[figure]) for figure in figures]
+    shown = small_world.write_portraits(figures, server.input, 1, photos_of)
+    robots, creatures = shown[:2], shown[2:]
+    rows = [([robots[0]], _ONE), ([creatures[0]], _ONE), ([robots[1], creatures[1]], _TWO)]
     check_nodes(server, subject_graph(names, "", robots))
 
-    def picture(subjects: list[Shown], scene: tuple[str, str], bound: bool) -> Image.Image:
-        prompt = small_world.prompt(subjects, *scene, bound)
+    def picture(subjects: list[Shown], asked: Asked, bound: bool) -> Image.Image:
+        prompt = small_world.prompt(subjects, asked[1], asked[2], asked[0], bound, NAMED)
         graph = subject_graph(names, prompt, subjects if bound else (), seed=seed, prefix="nested_attention/quickstart")
         say(prompt if bound else f"{prompt}, without the node")
         (file,) = saved_pictures(server, asyncio.run(run_graph(server, graph, quiet=True)))
         return Image.open(file).convert("RGB")
 
     drawn, looks = [], []
-    for subjects, scenes in rows:
-        cells = [_open(server.input / subject.images[0], f"your {subject.class_word}") for subject in subjects]
-        cells.append((picture(subjects, scenes[0], bound=False), f"{', '.join(scenes[0])}: without the node"))
-        cells += [(picture(subjects, scene, bound=True), f"{', '.join(scene)}: with it") for scene in scenes]
-        drawn.append(cells)
-        *photos, plain, bound = [image for image, _ in cells[: len(subjects) + 2]]
-        prompt = small_world.prompt(subjects, *scenes[0])
-        looks.append(first_look.Row(subjects, photos, prompt, bound, plain))
+    for subjects, every in rows:
+        photos = [_open(server.input / subject.images[0], f"your {subject.class_word}") for subject in subjects]
+        made = {bound: [picture(subjects, asked, bound) for asked in every] for bound in (True, False)}
+        for bound, title in ((True, "with the subject"), (False, "without the node")):
+            cells = [
+                (image, f"{asked[1]}, {asked[2]}: {title}") for image, asked in zip(made[bound], every, strict=True)
+            ]
+            drawn.append([*photos, *cells])
+        _, scene, style = every[0]
+        prompt = small_world.prompt(subjects, scene, style, every[0][0], named=NAMED)
+        images = [image for image, _ in photos]
+        looks.append(first_look.Row(subjects, images, prompt, made[True][0], made[False][0]))
     path = server.output / SHEET
     for file, page in ((path, _lay_out(drawn)), (path.with_name(first_look.FILE), first_look.first_look(looks[::2]))):
         with whole(file) as part:

@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from demo import world
+from demo import data, drawing, world
+from demo.drawing import SIZE
 from nested_core.figures import to_image, to_tensor
 
 from . import small_world, studio
 from .environment import say
 from .paths import REPO
 
-THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 APART: dict[str, dict[str, float]] = {
     "as it is": {},
     "separation 1 in both Apply Subject (Advanced)": {"separation": 1.0},
@@ -55,7 +56,7 @@ class Seeing:
         )[0]  # fmt: skip
 
     def sample(
-        self, figures: list[world.Figure], portraits: list[Any], scene: str, style: str, start: Any, seed: int,
+        self, entry: data.Entry, portraits: list[Any], start: Any, seed: int,
         separation: float = 0.0, apart: float = 0.0,
     ) -> tuple[Any, Any]:  # fmt: skip
         """(pictures, recording). start: a picture to begin with, half noised; None begins with noise alone.
@@ -63,7 +64,7 @@ class Seeing:
         separation: of Apply Subject (Advanced). apart: the strength of Separate Subjects.
         """
         model, clip = self.model, self.clip
-        for figure, portrait in zip(figures, portraits, strict=True):
+        for figure, portrait in zip(entry.figures, portraits, strict=True):
             subject = self.subject(figure, portrait)
             model, clip = self.run(
                 "NestedApplySubjectAdvanced", model=model, clip=clip, subject=subject, separation=separation
@@ -71,10 +72,11 @@ class Seeing:
         if apart:
             (model,) = self.run("NestedSeparateSubjects", model=model, strength=apart)
         model, recording = self.run("NestedRecordAttention", model=model)
-        text = world.prompt([f"<{f.kind}>" for f in figures], scene, style)
+        words = [world.phrase(f"<{f.kind}>", look) for f, look in zip(entry.figures, entry.looks, strict=True)]
+        text = world.prompt(words, entry.scene, entry.style)
         positive, negative = (self.run("CLIPTextEncode", clip=clip, text=t)[0] for t in (text, ""))
         if start is None:
-            latent = self.run("EmptyLatentImage", width=world.SIZE, height=world.SIZE, batch_size=1)[0]
+            latent = self.run("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=1)[0]
         else:
             latent = self.run("VAEEncode", vae=self.vae, pixels=_tensor(start))[0]
         out = self.run(
@@ -102,11 +104,11 @@ class Seeing:
         """Intersection over union of each subject's mask and its figure, by threshold."""
         found: dict[float, list[float]] = {t: [] for t in THRESHOLDS}
         for case in tqdm(range(cases), desc=f"masks, {count} figures", mininterval=2):
-            figures, portraits, scene, style, drawn, seed = _case(case, count)
-            pictures, recording = self.sample(figures, portraits, scene, style, drawn.image, seed)
+            entry, portraits, drawn, seed = _case(case, count)
+            pictures, recording = self.sample(entry, portraits, drawn.image, seed)
             owner = _owners(drawn)
             for threshold in THRESHOLDS:
-                for number, figure in enumerate(figures):
+                for number, figure in enumerate(entry.figures):
                     mask = self.run(
                         "NestedAttentionMaps", recording=recording, after=pictures, placeholder=f"<{figure.kind}>",
                         threshold=threshold,
@@ -119,14 +121,14 @@ class Seeing:
         """Of the attention on a word that lies on either of two figures, the share that lies on the other one."""
         found = []
         for case in tqdm(range(cases), desc=f"leaks {knobs}", mininterval=2):
-            figures, portraits, scene, style, drawn, seed = _case(case, 2)
-            _, recording = self.sample(figures, portraits, scene, style, drawn.image, seed, **knobs)
+            entry, portraits, drawn, seed = _case(case, 2)
+            _, recording = self.sample(entry, portraits, drawn.image, seed, **knobs)
             run = recording.last()
             heats = self.pack.recording.heats_of(run, 0.0, 1.0, [1.0] * len(run.layers))[:, 0]
             size = heats.shape[-1]
             owner = _owners(drawn)
-            owner = owner[world.SIZE // size // 2 :: world.SIZE // size, world.SIZE // size // 2 :: world.SIZE // size]
-            for number, figure in enumerate(figures):
+            owner = owner[SIZE // size // 2 :: SIZE // size, SIZE // size // 2 :: SIZE // size]
+            for number, figure in enumerate(entry.figures):
                 heat = heats[run.subject(f"<{figure.kind}>")].numpy()
                 own, other = heat[owner == number + 1].sum(), heat[owner == 2 - number].sum()
                 found.append(float(other / (own + other)))
@@ -138,20 +140,20 @@ class Seeing:
         By part: "hit", whether the strongest place is that part; "mass", how much of the heat is on it; "area", how
         much of the reference it covers, which is what chance would give; and the same for the strongest token alone.
         """
-        found: dict[str, dict[str, list[float]]] = {part: {} for part in world.PARTS}
+        found: dict[str, dict[str, list[float]]] = {part: {} for part in drawing.PARTS}
         for case in tqdm(range(cases), desc="points", mininterval=2):
-            figures, portraits, scene, style, drawn, seed = _case(case, 1)
-            regions = small_world.portrait(figures[0], case).regions
-            pictures, recording = self.sample(figures, portraits, scene, style, drawn.image, seed)
+            entry, portraits, drawn, seed = _case(case, 1)
+            regions = small_world.portrait(entry.figures[0], case).regions
+            pictures, recording = self.sample(entry, portraits, drawn.image, seed)
             rng = random.Random(case)
-            for part, number in world.PARTS.items():
+            for part, number in drawing.PARTS.items():
                 rows, columns = (drawn.regions == number).nonzero()
                 there = regions == number
                 if not len(rows) or not there.any():
                     continue
                 for _ in range(POINTS):
                     i = rng.randrange(len(rows))
-                    at = ((columns[i] + 0.5) / world.SIZE, (rows[i] + 0.5) / world.SIZE)
+                    at = ((columns[i] + 0.5) / SIZE, (rows[i] + 0.5) / SIZE)
                     point = self.pack.recording.look_into(recording.last(), "", at, 0, pictures[0])
                     for name, source in zip(("token", "all"), point.sources, strict=True):
                         _judge(found[part], name, source[0], there)
@@ -161,8 +163,8 @@ class Seeing:
 
     def draw(self) -> None:
         """docs/images/attention_maps.png and explain_point.png: a picture of two figures, made from noise."""
-        figures, portraits, scene, style, _, seed = _case(3, 2)
-        pictures, recording = self.sample(figures, portraits, scene, style, None, seed)
+        entry, portraits, _, seed = _case(20, 2)
+        pictures, recording = self.sample(entry, portraits, None, seed)
         images, masks = self.run("NestedAttentionMaps", recording=recording, after=pictures)
         folder = REPO / "docs" / "images"
         shown = to_image(images[0])
@@ -174,7 +176,7 @@ class Seeing:
         rows, columns = masks[0].nonzero(as_tuple=True)
         x, y = (float(v.float().mean() + 0.5) / len(masks[0]) for v in (columns, rows))
         explained = self.run(
-            "NestedExplain", recording=recording, after=pictures, placeholder=f"<{figures[0].kind}>", x=x, y=y
+            "NestedExplain", recording=recording, after=pictures, placeholder=f"<{entry.figures[0].kind}>", x=x, y=y
         )[0]
         to_image(explained[0]).save(folder / "explain_point.png", optimize=True)
 
@@ -184,19 +186,16 @@ def _tensor(picture: Any) -> torch.Tensor:
     return to_tensor(picture)[None]
 
 
-def _owners(drawn: world.Picture) -> np.ndarray:
+def _owners(drawn: drawing.Picture) -> np.ndarray:
     """Whose each pixel is, (H, W): 0 nobody's, 1 the first figure's, 2 the second's."""
-    return (drawn.regions > 0) * (1 + (drawn.regions > world.NEXT_FIGURE))
+    return (drawn.regions > 0) * (1 + (drawn.regions > drawing.NEXT_FIGURE))
 
 
-def _case(number: int, count: int) -> tuple[list[world.Figure], list[Any], str, str, world.Picture, int]:
-    """(figures, their portraits, scene, style, a picture of them, seed) of a case; the same each time."""
+def _case(number: int, count: int) -> tuple[data.Entry, list[Any], drawing.Picture, int]:
+    """(what is shown, the figures' portraits, a picture of it, seed) of a case; the same each time."""
     rng = random.Random(f"seeing {number} {count}")
-    kinds = rng.sample(world.KINDS, count)
-    figures = [world.random_figure(rng, kind, held_out=True) for kind in kinds]
-    scene, style = rng.choice(world.SCENES), rng.choice(world.STYLES)
-    drawn = world.render(figures, scene, style, rng)
-    return figures, [small_world.portrait(f, number).image for f in figures], scene, style, drawn, number
+    entry = data.random_entry(rng, count)
+    return entry, [small_world.portrait(f, number).image for f in entry.figures], data.draw(entry, rng), number
 
 
 def _judge(found: dict[str, list[float]], name: str, source: torch.Tensor, there: np.ndarray) -> None:

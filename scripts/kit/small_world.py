@@ -1,6 +1,6 @@
 """The small world for the quickstart, the tests and the evaluation: its shipped models, and pictures of its figures.
 
-The models are small ones that `demo/train.py` trained from nothing on drawn robots and creatures, and lie in
+The models are small ones that `demo/train.py` trained on drawn robots and creatures, and lie in
 `demo/weights`. ComfyUI's stock loaders open them once `demo/comfyui` is among its custom nodes.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from demo import world
+from demo import data, drawing, world
+from demo.lessons import square_around
 from demo.shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, VISION, WEIGHTS
 from nested_core.files import whole
 
@@ -25,9 +26,11 @@ from .graphs import Shown
 from .hosts import link_pack
 from .paths import REPO
 
-SIZE = world.SIZE
+SIZE = drawing.SIZE
 EXTENSION = "nested-attention-small-world"
 FACE_DETECTOR = "small_world_finds_no_face.safetensors"
+_CLEAR = ("flat", "comic")
+"""Styles in which a picture looks like a photo: sharp and in colour."""
 _FOLDERS = {
     CHECKPOINT: "checkpoints", VISION: "clip_vision", ENCODER: "nested_attention", CONTROLNET: "controlnet",
     LORA: "loras",
@@ -83,29 +86,50 @@ def held_out_figures(seed: int, count: int, kind: str | None = None) -> list[wor
     return [world.random_figure(rng, kind, held_out=True) for _ in range(count)]
 
 
-def portrait(figure: world.Figure, seed: int) -> world.Picture:
-    """A reference picture: the figure large, in some scene and style."""
+def portrait(figure: world.Figure, seed: int, entry: data.Entry | None = None) -> drawing.Picture:
+    """A reference picture, a square around the figure: in some look, scene and clear style, or as an entry has them."""
     rng = random.Random(f"portrait {figure} {seed}")
-    return world.render([figure], rng.choice(world.SCENES), rng.choice(world.STYLES), rng, close=True)
+    if entry is None:
+        style = rng.choice(_CLEAR)
+        entry = data.Entry([figure], [world.random_look(rng, style)], rng.choice(world.SCENES), style)
+    picture = drawing.render(entry.figures, entry.looks, entry.scene, entry.style, rng, size=2 * SIZE)
+    top, left, side = square_around(picture.regions, 0, 0.06)
+    image = picture.image.crop((left, top, left + side, top + side))
+    return drawing.Picture(image, picture.regions[top : top + side, left : left + side])
 
 
-def write_portraits(figures: Sequence[world.Figure], folder: Path, views: int = 1) -> list[Shown]:
-    """Writes reference pictures into an input folder; the figures as subjects, bound to <robot> or <creature>."""
+def write_portraits(
+    figures: Sequence[world.Figure], folder: Path, views: int = 1, entries: Sequence[data.Entry] = ()
+) -> list[Shown]:
+    """Writes reference pictures into an input folder; the figures as subjects, bound to <robot> or <creature>.
+
+    entries: what each figure's picture shows besides it, where that matters.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
-    for figure in figures:
+    for number, figure in enumerate(figures):
         files = []
         for view in range(views):
-            name = "_".join([figure.kind, *figure.identity, str(view)]) + ".png"
-            portrait(figure, view + 1).image.save(folder / name)
+            entry = entries[number] if entries else None
+            said = [] if entry is None else [*vars(entry.looks[0]).values(), entry.scene, entry.style]
+            name = "_".join([figure.kind, *figure.identity, *said, str(view)]) + ".png"
+            portrait(figure, view + 1, entry).image.save(folder / name)
             files.append(name)
         shown.append(Shown(tuple(files), f"<{figure.kind}>", figure.kind))
     return shown
 
 
-def prompt(subjects: Sequence[Shown], scene: str, style: str, bound: bool = True) -> str:
-    """The prompt for subjects in a scene; with `bound` False their class words stand for them."""
-    return world.prompt([s.placeholder if bound else s.class_word for s in subjects], scene, style)
+def prompt(
+    subjects: Sequence[Shown], scene: str, style: str, looks: Sequence[world.Look | None] = (), bound: bool = True,
+    named: Collection[str] = tuple(world.LOOKS),
+) -> str:  # fmt: skip
+    """The prompt for subjects in a scene, in looks if any are given; `bound` False: with their class words.
+
+    named: what is said of a look.
+    """
+    words = [s.placeholder if bound else s.class_word for s in subjects]
+    phrases = [world.phrase(word, look, named) for word, look in zip(words, looks or [None] * len(words), strict=True)]
+    return world.prompt(phrases, scene, style)
 
 
 # --- workflows/ in the small world ------------------------------------------------------------------------------------
@@ -113,19 +137,20 @@ def prompt(subjects: Sequence[Shown], scene: str, style: str, bound: bool = True
 _WORDS = {"person": "robot", "woman": "creature", "man": "robot"}
 #: The prompts of workflows/, in this world's words.
 _PROMPTS = {
-    "a photo of <person> in a garden, soft light": "a <person> in the forest, flat drawing",
+    "a photo of <person> in a garden, soft light": "a smiling <person> waving in the forest, flat drawing",
     "a photo of <anna> on the left and <ben> on the right, in a garden, soft light":
-        "a <anna> and a <ben> in the snow, comic drawing",
-    "a photo of <person> reading in a library": "a <person> in the room, watercolour drawing",
+        "a smiling <anna> waving and an angry <ben> standing in the snow, comic drawing",
+    "a photo of <person> reading in a library": "a surprised <person> sitting in the room, watercolour drawing",
     "a photo of <anna> on a boat, morning light": "a <anna> in the sea, flat drawing",
-    "a charcoal drawing of <anna> at a piano": "a <anna> in the room, crayon drawing",
+    "a charcoal drawing of <anna> at a piano": "a sad <anna> sitting in the room, pencil drawing",
     "a photo of <anna> on the left and <ben> on the right, on a bench in a park":
-        "a <anna> and a <ben> in the beach, flat drawing",
-    "a photo of <person> waving, city street at dusk": "a <person> in the city, comic drawing",
+        "a <anna> and a <ben> on the beach, flat drawing",
+    "a photo of <person> waving, city street at dusk":
+        "a smiling <person> waving facing left in the city, comic drawing",
     "a photo of <person>, detailed face": "a <person> in the desert, flat drawing",
     "a photo of <anna> in a red coat on the left and <ben> on the right, in a garden, soft light":
         "a <anna> and a <ben> in the snow, crayon drawing",
-    "an oil painting of <person> in the mountains": "a <person> in the space, watercolour drawing",
+    "an oil painting of <person> in the mountains": "a <person> dancing in space, watercolour drawing",
     "bad anatomy, monochrome, lowres, worst quality, low quality": "",
 }  # fmt: skip
 _SMALLER = 1024 // SIZE
@@ -147,8 +172,8 @@ _WIDGETS: dict[str, dict[str, Any]] = {
     "GrowMask": {"expand": lambda expand: expand // 4},
     "KSampler": {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"},
     "NestedExplain": {"x": 0.28, "y": 0.62},
-    # What this world's encoder was trained with is about 15, what the public one was trained with is 2.
-    "NestedGridValues": {"down": "8, 15, 30"},
+    # What this world's encoder was trained with is about 6, what the public one was trained with is 2.
+    "NestedGridValues": {"down": "3, 6, 12"},
 }
 
 
@@ -181,15 +206,20 @@ def widget_place(node: dict[str, Any], name: str) -> int:
     return names.index(name)
 
 
+def _whole_picture(figure: world.Figure, scene: str, seed: str) -> drawing.Picture:
+    look = world.Look("smiling", "plush", "waving", "front", "nothing")
+    return drawing.render([figure], [look], scene, "flat", random.Random(seed))
+
+
 def _pictures_by_title(folder: Path) -> dict[str, str]:
     """Writes what the Load Image nodes of workflows/ show into a folder; {node's title: file}."""
     robot, creature = held_out_figures(20, 1, "robot")[0], held_out_figures(9, 1, "creature")[0]
     other = held_out_figures(5, 1, "robot")[0]
     people = write_portraits(held_out_figures(30, 6, "robot"), folder)
     (views,), (first,) = write_portraits([robot], folder, views=3), write_portraits([creature], folder)
-    scene = world.render([other], "city", "flat", random.Random("pose"))
+    scene = _whole_picture(other, "city", "pose")
     scene.image.save(folder / "pose.png")
-    scene = world.render([other], "desert", "flat", random.Random("to inpaint"))
+    scene = _whole_picture(other, "desert", "to inpaint")
     for picture, name in ((scene, "to_inpaint.png"), (portrait(robot, 1), "face_painted.png")):
         painted = Image.fromarray((picture.regions == 0).astype("uint8") * 255)  # a picture's mask is where it is clear
         picture.image.putalpha(painted)

@@ -36,7 +36,7 @@ def small(pack: Any) -> Iterator[SimpleNamespace]:
     """The shipped models as the host's loaders and ours give them, and eight photos."""
     assert asyncio.run(host_nodes.load_custom_node(str(DEMO / "comfyui")))
     provide_models(Path(folder_paths.models_dir))
-    photos = checking.portraits(8)
+    photos = checking.portraits(16)
     with pytest.MonkeyPatch.context() as patch:
         for option in ("fp32_unet", "fp32_vae", "fp32_text_enc"):
             patch.setattr(comfy.cli_args.args, option, True)
@@ -67,7 +67,7 @@ def test_losses_are_those_of_diffusers(pack: Any, small: SimpleNamespace) -> Non
             Settings("last", "unit", 8.0, "eos"),
             Settings("penultimate", "match_per_head", 4.0, "eos"),
         ):
-            for level, shown in ((0.25, range(8)), (0.6, [*range(1, 8), 0])):
+            for level, shown in ((0.25, range(16)), (0.6, [*range(1, 16), 0])):
                 got, expected = (list(bench.losses(settings, shown, level)) for bench in (ours, theirs))
                 assert got == pytest.approx(expected, rel=0.01), (settings, level)
         kin = ours.kinship()
@@ -78,10 +78,11 @@ def test_the_node_names_the_settings_and_leaves_nothing_behind(pack: Any, small:
     before = (dict(small.model.attachments), dict(small.model.model_options["transformer_options"]))
     node = pack.nodes["NestedCheckEncoder"]
     encoder, report, chart = node.execute(**inputs(small)).result
-    assert (encoder.config.value_norm, encoder.config.alpha) == ("match", pytest.approx(15.6, abs=0.5))
-    assert encoder.patcher is small.encoder.patcher and small.encoder.config.alpha == pytest.approx(15.23, abs=0.01)
-    assert report.startswith(f"Check Encoder: {ENCODER}, 8 photos, {passes_of(small.encoder.config, 8)} forward passes")
-    assert "This encoder works on this model." in report
+    assert encoder.config.value_norm == "match" and 4 <= encoder.config.alpha <= 8
+    assert encoder.patcher is small.encoder.patcher and small.encoder.config.alpha == pytest.approx(5.69, abs=0.01)
+    passes = passes_of(small.encoder.config, 16)
+    assert report.startswith(f"Check Encoder: {ENCODER}, 16 photos, {passes} forward passes")
+    assert "Most likely trained with: penultimate features, norm match" in report
     assert "Nothing was remembered: the file says its settings itself." in report
     assert chart.shape[0] == 1 and chart.shape[2:] == (1200, 3)
     assert before == (dict(small.model.attachments), dict(small.model.model_options["transformer_options"]))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from demo.models import LATENT_CHANNELS
 from kit import small_world
 from kit.studio import host_nodes
 
@@ -71,7 +72,7 @@ def test_its_encoder_opens_in_the_nodes_and_changes_a_picture(pack, clone, caplo
     def picture(model, clip):
         encode = pack.host_nodes["CLIPTextEncode"]().encode
         text, negative = encode(clip, "a <it> in the forest")[0], encode(clip, "")[0]
-        latent = {"samples": torch.zeros(1, 16, 16, 16)}
+        latent = {"samples": torch.zeros(1, LATENT_CHANNELS, 16, 16)}
         sample = pack.host_nodes["KSampler"]().sample
         return sample(model, 0, 2, 1.0, "euler", "normal", text, negative, latent, 1.0)[0]["samples"]
 

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
@@ -476,6 +477,36 @@ def test_cached_pictures_are_encoded_once(small_there, device, tmp_path, kind):
     assert len(pictures) == 2
     assert torch.equal(first[0], first[2]) and torch.equal(first[1:], second)
     torch.testing.assert_close(first, vision.features(images.to(device)))
+
+
+KINDS_OF_VAE = {
+    "KL": (lambda: AutoencoderKL(block_out_channels=(32,)), lambda out: out.latent_dist.mode()),
+    "Tiny": (
+        lambda: AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4),
+        lambda out: out.latents,
+    ),
+    "DC": (
+        lambda: AutoencoderDC(
+            latent_channels=4, encoder_block_out_channels=(16, 16), decoder_block_out_channels=(16, 16),
+            encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()), scaling_factor=0.4,
+        ),
+        lambda out: out.latent,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_VAE)
+def test_latents_of_each_kind_of_vae(small, device, kind, monkeypatch):
+    make, latent = KINDS_OF_VAE[kind]
+    torch.manual_seed(4)
+    vae = make().to(device).eval()
+    monkeypatch.setattr(small.pipeline, "vae", vae)
+    images = torch.stack([picture(i, size=32) for i in (0, 1)])
+    got = FrozenEncoders(small, device, torch.float32, "penultimate").encoded(images)
+    with torch.no_grad():
+        expected = latent(vae.encode(images.permute(0, 3, 1, 2).to(device) * 2 - 1)) * vae.config.scaling_factor
+    torch.testing.assert_close(got, expected)
 
 
 def test_resume_is_checked(small, tmp_path):

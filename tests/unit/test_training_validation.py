@@ -70,7 +70,7 @@ def test_what_is_held_out_is_not_trained_on(pets):
 def test_the_curve_and_the_best_checkpoint(configured, pets, tmp_path, caplog):
     """In the log and in TensorBoard; the best is kept although `keep` is 1, and its encoder beside the newest."""
     changes = {"validation__share": 0.5, "save_every": 1, "keep": 1, "steps": 4, "optimiser__ema": 0,
-               "optimiser__warmup": 0, "loss__drop_both": 0}  # fmt: skip
+               "optimiser__warmup": 0, "optimiser__layers_rate": 3e-3, "loss__drop_both": 0}  # fmt: skip
     with caplog.at_level("INFO"):
         assert main(arguments(configured, tmp_path, **changes)) == 0
     curve = [entry for entry in entries(tmp_path) if "validation_gain" in entry]

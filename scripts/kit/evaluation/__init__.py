@@ -2,24 +2,24 @@
 
 METHODS = {
     "none": "no subject",
-    "described": "every attribute in the prompt",
     "one_value": "one value per token",
     "decoupled": "decoupled attention",
     "nested": "nested attention",
 }
-#: Parts of the evaluation, in the order of the page.
+#: Parts of the evaluation, in the order in which they are made, and of the page.
 TITLES = {
     "table": "One subject",
+    "frontier": "Identity and prompt, over strengths",
+    "order": "Looks that are said before the class word, and after it",
+    "budget": "Identity and prompt, by how long was trained",
     "pairs": "Two subjects in one picture",
-    "separation": "Two subjects, with separation",
     "apart": "Two subjects, with Separate Subjects",
-    "edits": "An attribute changed by the prompt",
-    "strength": "Strength",
+    "nodes": "One subject, in ComfyUI through the nodes",
+    "attention": "Attention on the class word, by what is drawn there (base model, half noised)",
+    "tokens": "Number of subject tokens (each number is an encoder of its own)",
+    "separation": "Two subjects, with separation",
     "identity": "identity (α), as a factor on the encoder's own",
     "focus": "focus",
     "unconditional": "What the negative prompt has, by cfg",
-    "tokens": "Number of subject tokens (each number is an encoder of its own)",
     "views": "Number of reference pictures",
-    "attention": "Attention on the class word, by what is drawn there (base model, half noised)",
-    "remedies": "Trained otherwise",
 }

@@ -1,67 +1,94 @@
-"""Runs parts of the evaluation in a server, and writes their report."""
+"""Runs parts of the evaluation, in diffusers or in a server, and writes their report."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from demo import export, shipped
-from nested_core.checkpoint import write_encoder
-from nested_core.training import load_trained
+from demo.encoders import COMPARED, SHIPPED, finished
 
 from .. import small_world
-from ..environment import say
+from ..environment import SetupError, say
 from ..graphs import check_nodes, node
 from ..hosts import version_of
-from ..paths import STATE
+from ..paths import REPO, STATE
 from ..server import Server
 from . import TITLES
-from .bench import Bench
-from .parts import PARTS, TOKENS
+from .batched import Batched
+from .frontier import lines_of, strengths_costing
+from .nodes import Nodes
+from .parts import BATCHED, COMPARING, NODES, touching
 from .report import write_report
+from .sheet import COST, write_sheet
 
 WORK = STATE / "evaluation"
+KNOWN = WORK / "answers"
 
 
-def evaluate(host: Path, run: Path, identities: int, only: Sequence[str] | None) -> None:
-    """run: folder of demo/train.py, whose encoders are measured too. identities: held-out subjects. only: parts."""
+def evaluate(
+    host: Callable[[], Path], run: Path, identities: int, only: Sequence[str] | None, partial: bool = False
+) -> None:
+    """host: gives a ComfyUI, for the parts that need one. run: folder of demo/train.py, whose encoders are compared.
+    identities: held-out subjects. only: parts. partial: whether encoders may be missing.
+
+    Raises SetupError where they are.
+    """
+    for part in only or list(TITLES):
+        if part in NODES:
+            _through_the_nodes(host(), identities, part)
+            continue
+        compared = trained_encoders(run, partial) if part in COMPARING else {}
+        bench = Batched({SHIPPED: shipped.WEIGHTS / shipped.ENCODER, **compared}, identities, KNOWN)
+        rows = BATCHED[part](bench)
+        write_report(bench, part, rows)
+        if part == "frontier":
+            strengths = strengths_costing(lines_of(rows), COST)
+            write_sheet(bench, REPO / "docs" / "images" / "methods.png", strengths)
+
+
+def _through_the_nodes(host: Path, identities: int, part: str) -> None:
     packs = small_world.link_packs(host)
     models = WORK / "models"
     names = small_world.provide_models(models)
-    encoders = provide_encoders(run, models / "nested_attention")
-    for wanted in ("one_value", "decoupled", *(f"nested_{n}_tokens" for n in TOKENS if n not in (1, 16))):
-        if wanted not in encoders:
-            say(f"no encoder {wanted} in {run}: left out. python demo/train.py --shipped --stage {wanted}")
     server = Server(host, WORK, models=models, only=packs)
     say(f"starting ComfyUI {version_of(host)}, log in {server.log}")
     with server:
-        ours = ("NestedEncodeSubject", "NestedApplySubject", "NestedApplySubjectAdvanced", "DecoupledSubject")
+        ours = (
+            "NestedEncodeSubject", "NestedApplySubject", "NestedApplySubjectAdvanced", "NestedSeparateSubjects"
+        )  # fmt: skip
         check_nodes(server, {kind: node(kind) for kind in ours})
-        bench = Bench(server, names, encoders, identities)
-        for part in only or TITLES:
-            write_report(part, PARTS[part](bench))
+        encoders = {SHIPPED: models / "nested_attention" / shipped.ENCODER}
+        bench = Nodes(server, names, encoders, identities, KNOWN)
+        rows = NODES[part](bench)
+        notes = []
+        if part == "apart":
+            notes = ["", f"Drawn as they are asked for, {touching(bench):.2f} of those reaching out touch."]
+        write_report(bench, part, rows, notes)
 
 
-def provide_encoders(run: Path, folder: Path) -> dict[str, str]:
-    """Puts the trained encoders of a run beside the shipped one. Returns file names by name, "nested" the shipped one.
+def trained_encoders(run: Path, partial: bool = False) -> dict[str, Path]:
+    """The encoders of COMPARED that a run trained to their end on the shipped base model, by their names.
 
-    The decoupled baseline is no file that Load Nested Encoder opens: here it is written as one, for the baseline node.
+    Raises SetupError where one is missing and not `partial`.
     """
     base = export.fingerprint(export.load_checkpoint(shipped.WEIGHTS / shipped.CHECKPOINT)[0])
-    found = {"nested": shipped.ENCODER}
-    for file in sorted(run.glob("*/encoder.safetensors")):
-        name = file.parent.name
-        if name == "nested":
-            continue  # shipped
-        if (file.parent / "base.txt").read_text("utf-8") != base:
-            say(f"{name} was trained on another base model than the shipped one: left out")
-            continue
-        steps = json.loads((file.parent / "config.json").read_text("utf-8"))["steps"]
-        if not (file.parent / "checkpoints" / f"step-{steps:08}").is_dir():
-            say(f"{name} is not trained to its end, step {steps}: left out")
-            continue
-        _, encoder = load_trained(file)
-        write_encoder(folder / f"{name}.safetensors", encoder)
-        found[name] = f"{name}.safetensors"
+    found, left = {}, []
+    for name in COMPARED:
+        folder = run / name
+        if not (folder / "base.txt").is_file():
+            left.append(f"there is no {name}")
+        elif (folder / "base.txt").read_text("utf-8") != base:
+            left.append(f"{name} was trained on another base model than the shipped one")
+        elif not finished(folder):
+            left.append(f"{name} is not trained to its end")
+        else:
+            found[name] = folder / "encoder.safetensors"
+    if left:
+        say(f"in {run}:\n" + "\n".join(left))
+    if left and not partial:
+        raise SetupError(
+            f"Encoders are missing in {run}. Train them with python demo/train.py --shipped --stage compared, or "
+            "measure those that are there with --partial."
+        )
     return found
