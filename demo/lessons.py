@@ -98,30 +98,9 @@ def references(path: Path, shown: data.Pictures, seed: int) -> np.ndarray:
 
 def cropped(pixels: np.ndarray, regions: np.ndarray, index: int, margin: float) -> np.ndarray:
     """A square around the figure of that index, uint8 (VISION_SIZE, VISION_SIZE, 3). margin: share of its side."""
-    top, left, side = square_around(regions, index, margin)
+    top, left, side = drawing.square_around(regions, index, margin)
     square = Image.fromarray(pixels[top : top + side, left : left + side])
     return np.asarray(square.resize((models.VISION_SIZE, models.VISION_SIZE), Image.Resampling.LANCZOS))
-
-
-def square_around(regions: np.ndarray, index: int, margin: float) -> tuple[int, int, int]:
-    """(top, left, side) of a square around a figure. margin: share of its side.
-
-    A square that leaves the picture is moved back into it, and is no larger than the picture.
-    """
-    rows, columns = _extent(regions, index)
-    side = min(round((1 + 2 * margin) * (max(rows[1] - rows[0], columns[1] - columns[0]) + 1)), *regions.shape)
-    top, left = (
-        min(max(round((low + high + 1 - side) / 2), 0), size - side)
-        for (low, high), size in zip((rows, columns), regions.shape, strict=True)
-    )
-    return top, left, side
-
-
-def _extent(regions: np.ndarray, index: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """First and last row, first and last column of a figure."""
-    shown = (regions > 0) & (regions // drawing.NEXT_FIGURE == index)
-    rows, columns = np.nonzero(shown.any(1))[0], np.nonzero(shown.any(0))[0]
-    return (int(rows[0]), int(rows[-1])), (int(columns[0]), int(columns[-1]))
 
 
 def weights(regions: Tensor) -> Tensor:

@@ -3,6 +3,6 @@
 python -m demo.drawing sheet.png      a contact sheet of the world, to look at
 """
 
-from .picture import NEXT_FIGURE, PART_OF, PARTS, SIZE, VERSION, Picture, render, sheet
+from .picture import NEXT_FIGURE, PART_OF, PARTS, SIZE, VERSION, Picture, render, sheet, square_around
 
-__all__ = ["NEXT_FIGURE", "PARTS", "PART_OF", "SIZE", "VERSION", "Picture", "render", "sheet"]
+__all__ = ["NEXT_FIGURE", "PARTS", "PART_OF", "SIZE", "VERSION", "Picture", "render", "sheet", "square_around"]

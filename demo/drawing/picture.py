@@ -64,3 +64,24 @@ def sheet(columns: int = 8, rows: int = 6, seed: int = 0) -> Image.Image:
         picture = render(figures, looks, scene, style, rng)
         page.paste(picture.image, (i % columns * SIZE, i // columns * SIZE))
     return page
+
+
+def square_around(regions: np.ndarray, index: int, margin: float) -> tuple[int, int, int]:
+    """(top, left, side) of a square around a figure. margin: share of its side.
+
+    A square that leaves the picture is moved back into it, and is no larger than the picture.
+    """
+    rows, columns = _extent(regions, index)
+    side = min(round((1 + 2 * margin) * (max(rows[1] - rows[0], columns[1] - columns[0]) + 1)), *regions.shape)
+    top, left = (
+        min(max(round((low + high + 1 - side) / 2), 0), size - side)
+        for (low, high), size in zip((rows, columns), regions.shape, strict=True)
+    )
+    return top, left, side
+
+
+def _extent(regions: np.ndarray, index: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and last row, first and last column of a figure."""
+    shown = (regions > 0) & (regions // NEXT_FIGURE == index)
+    rows, columns = np.nonzero(shown.any(1))[0], np.nonzero(shown.any(0))[0]
+    return (int(rows[0]), int(rows[-1])), (int(columns[0]), int(columns[-1]))

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from demo import data, drawing, world
-from demo.lessons import square_around
 from demo.shipped import CHECKPOINT, CONTROLNET, ENCODER, LORA, VISION, WEIGHTS
 from nested_core.files import whole
 
@@ -93,7 +92,7 @@ def portrait(figure: world.Figure, seed: int, entry: data.Entry | None = None) -
         style = rng.choice(_CLEAR)
         entry = data.Entry([figure], [world.random_look(rng, style)], rng.choice(world.SCENES), style)
     picture = drawing.render(entry.figures, entry.looks, entry.scene, entry.style, rng, size=2 * SIZE)
-    top, left, side = square_around(picture.regions, 0, 0.06)
+    top, left, side = drawing.square_around(picture.regions, 0, 0.06)
     image = picture.image.crop((left, top, left + side, top + side))
     return drawing.Picture(image, picture.regions[top : top + side, left : left + side])
 

@@ -170,7 +170,7 @@ def _differences(
         trainings, _, cases = min(of_it[one].shape, of_it[other].shape)
         lines = [of_it[name].first(trainings) for name in (one, other)]
         for value in levels:
-            less = functools.partial(_less, *lines, held, value)
+            less = functools.partial(_less, lines[0], lines[1], held, value)
             single = [less([i], range(cases)) for i in range(trainings)]
             told = _interval(lines[0], less)
             each = ", ".join("not reached" if np.isnan(x) else f"{x:+.2f}" for x in single)
