@@ -35,7 +35,7 @@ def main() -> int:
     host = prepared_host()
     from kit.evaluation.run import evaluate  # needs packages that are there only now
 
-    evaluate(lambda: host, arguments.run, arguments.identities, arguments.only, arguments.partial)
+    evaluate(host, arguments.run, arguments.identities, arguments.only, arguments.partial)
     return 0
 
 

@@ -114,9 +114,9 @@ def _effect(found: Found, kin: Kinship | None) -> list[str]:
     gain, own = found.gain(), found.own()
     said = f"With the subject the denoising error is {_change(gain)} (best of {len(found.candidates)} combinations)."
     beside = f"When it sees the photo itself the error is {_change(own)} than when it sees another one."
-    if works(found) and is_about_the_subject(found):
-        return [f"This encoder works on this model. {said} {beside}"]
     if _told(found):
+        if works(found):
+            return [f"This encoder works on this model. {said} {beside}"]
         return [f"This encoder sees these photos on this model. {beside} {said}"]
     if _does_nothing(found):
         return [f"THIS ENCODER DOES NOTHING FOR THESE PHOTOS ON THIS MODEL. {said}", _cause(kin)]

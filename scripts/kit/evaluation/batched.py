@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demo import data, drawing, export, models, shipped
-from demo.lessons import other_entry
+from demo.lessons import other_entry, unit
 from demo.sampling import sample, to_bytes
 from nested_core.encoder import NestedEncoder
 from nested_core.hosts.diffusers import BoundSubject
@@ -125,7 +125,7 @@ class Batched(Bench):
         key = repr((figure, reference, view))
         if key not in self._seen:
             image = small_world.portrait(figure, view, reference).image
-            self._seen[key] = self._look(torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None])[0]
+            self._seen[key] = self._look(unit(np.asarray(image))[None])[0]
         return self._seen[key]
 
     def _look(self, pictures: Tensor) -> Tensor:

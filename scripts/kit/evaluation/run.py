@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from demo import export, shipped
@@ -26,17 +26,15 @@ WORK = STATE / "evaluation"
 KNOWN = WORK / "answers"
 
 
-def evaluate(
-    host: Callable[[], Path], run: Path, identities: int, only: Sequence[str] | None, partial: bool = False
-) -> None:
-    """host: gives a ComfyUI, for the parts that need one. run: folder of demo/train.py, whose encoders are compared.
+def evaluate(host: Path, run: Path, identities: int, only: Sequence[str] | None, partial: bool = False) -> None:
+    """host: a ComfyUI, for the parts that need one. run: folder of demo/train.py, whose encoders are compared.
     identities: held-out subjects. only: parts. partial: whether encoders may be missing.
 
     Raises SetupError where they are.
     """
     for part in only or list(TITLES):
         if part in NODES:
-            _through_the_nodes(host(), identities, part)
+            _through_the_nodes(host, identities, part)
             continue
         compared = trained_encoders(run, partial) if part in COMPARING else {}
         bench = Batched({SHIPPED: shipped.WEIGHTS / shipped.ENCODER, **compared}, identities, KNOWN)

@@ -15,12 +15,10 @@ NEEDED = ("table", "frontier", "order", "budget", "attention")
 
 
 def why(known: dict[str, Any]) -> list[str]:
-    """Markdown of the last section, or nothing where a part of NEEDED is missing."""
-    if any(part not in known for part in NEEDED):
-        return []
+    """Markdown of the last section, or nothing where a part of NEEDED or a row of it is missing."""
     try:
         text = _text(known)
-    except KeyError:  # a row: an encoder was not there
+    except KeyError:  # a part was not made yet, or an encoder was not there
         return []
     paragraphs = [" ".join(paragraph.split("\n")) for paragraph in text.strip().split("\n\n")]
     return [line for paragraph in paragraphs for line in ("", *textwrap.wrap(paragraph, 120, break_on_hyphens=False))]
